@@ -1,0 +1,92 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+)
+
+// Client speaks to a daemon. It may be used concurrently.
+type Client struct {
+	http   http.Client
+	socket string
+}
+
+// Dial gives a client of the daemon behind the unix socket; nothing is sent yet.
+func Dial(socket string) *Client {
+	c := &Client{socket: socket}
+	c.http.Transport = &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		},
+		DisableKeepAlives: true,
+	}
+	return c
+}
+
+// Status, Protect, Unprotect, Bookmark and VerifyLive call the Service's methods of the same names.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	return call[Status](ctx, c, "GET", "/v1/status", nil)
+}
+
+func (c *Client) Protect(ctx context.Context, r ProtectRequest) (Group, error) {
+	return call[Group](ctx, c, "POST", "/v1/groups", r)
+}
+
+func (c *Client) Unprotect(ctx context.Context, group string, abandon bool) error {
+	_, err := call[struct{}](ctx, c, "DELETE", fmt.Sprintf("/v1/groups/%s?abandon=%t", url.PathEscape(group), abandon), nil)
+	return err
+}
+
+func (c *Client) Bookmark(ctx context.Context, group string, r BookmarkRequest) (Bookmark, error) {
+	return call[Bookmark](ctx, c, "POST", "/v1/groups/"+url.PathEscape(group)+"/bookmarks", r)
+}
+
+func (c *Client) VerifyLive(ctx context.Context, group string) ([]LiveDisk, error) {
+	return call[[]LiveDisk](ctx, c, "POST", "/v1/groups/"+url.PathEscape(group)+"/verify", nil)
+}
+
+var _ Service = (*Client)(nil)
+
+func call[T any](ctx context.Context, c *Client, method, path string, body any) (T, error) {
+	var out T
+	var send io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return out, err
+		}
+		send = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://tidemark"+path, send)
+	if err != nil {
+		return out, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		var op *net.OpError
+		if errors.As(err, &op) && op.Op == "dial" {
+			return out, &Error{Code: CodeNoDaemon, Message: fmt.Sprintf("no daemon answers at %s: %v", c.socket, op.Err),
+				Remedy: "Start one with: tidemark daemon (or name its socket with --socket or TIDEMARK_SOCKET).", err: err}
+		}
+		return out, fmt.Errorf("daemon at %s: %w", c.socket, err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode >= 300 {
+		var e struct{ Error *Error }
+		if err := json.NewDecoder(io.LimitReader(resp.Body, bodyMax)).Decode(&e); err != nil || e.Error == nil {
+			return out, fmt.Errorf("daemon at %s: HTTP status %s", c.socket, resp.Status)
+		}
+		return out, e.Error
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&out); err != nil {
+		return out, fmt.Errorf("daemon at %s: %w", c.socket, err)
+	}
+	return out, nil
+}

@@ -1,0 +1,102 @@
+package api
+
+import (
+	"context"
+	_ "embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+)
+
+//go:embed openapi.json
+var openAPI []byte
+
+// bodyMax bounds what a client may send, in bytes.
+const bodyMax = 1 << 20
+
+// route is one operation; openapi.json must list the same ones.
+type route struct {
+	method, path string
+	handle       func(s Service, r *http.Request) (any, error)
+}
+
+var routes = []route{
+	{"GET", "/v1/status", func(s Service, r *http.Request) (any, error) { return s.Status(r.Context()) }},
+	{"POST", "/v1/groups", postGroup},
+	{"DELETE", "/v1/groups/{name}", deleteGroup},
+	{"POST", "/v1/groups/{name}/bookmarks", postBookmark},
+	{"POST", "/v1/groups/{name}/verify", func(s Service, r *http.Request) (any, error) {
+		return s.VerifyLive(r.Context(), r.PathValue("name"))
+	}},
+}
+
+// Handler serves s, and its own description at /v1/openapi.json.
+func Handler(s Service) http.Handler {
+	mux := http.NewServeMux()
+	for _, rt := range routes {
+		mux.HandleFunc(rt.method+" "+rt.path, func(w http.ResponseWriter, r *http.Request) {
+			out, err := rt.handle(s, r)
+			answer(w, out, err)
+		})
+	}
+	mux.HandleFunc("GET /v1/openapi.json", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write(openAPI) // the client is gone if it fails
+	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		answer(w, nil, &Error{Code: CodeNotFound, Message: fmt.Sprintf("no operation %s %s", r.Method, r.URL.Path), Remedy: "GET /v1/openapi.json lists them."})
+	})
+	return mux
+}
+
+func postGroup(s Service, r *http.Request) (any, error) {
+	var req ProtectRequest
+	if err := decode(r.Body, &req); err != nil {
+		return nil, err
+	}
+	return s.Protect(r.Context(), req)
+}
+
+func deleteGroup(s Service, r *http.Request) (any, error) {
+	abandon := r.URL.Query().Get("abandon") == "true"
+	return struct{}{}, s.Unprotect(r.Context(), r.PathValue("name"), abandon)
+}
+
+func postBookmark(s Service, r *http.Request) (any, error) {
+	var req BookmarkRequest
+	if err := decode(r.Body, &req); err != nil {
+		return nil, err
+	}
+	return s.Bookmark(r.Context(), r.PathValue("name"), req)
+}
+
+func decode(body io.Reader, into any) error {
+	d := json.NewDecoder(io.LimitReader(body, bodyMax))
+	d.DisallowUnknownFields()
+	if err := d.Decode(into); err != nil {
+		return &Error{Code: CodeUsage, Message: "request body: " + err.Error(), Remedy: "GET /v1/openapi.json describes it."}
+	}
+	return nil
+}
+
+func answer(w http.ResponseWriter, out any, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	if err != nil {
+		var e *Error
+		if !errors.As(err, &e) {
+			e = &Error{Code: CodeInternal, Message: err.Error()}
+			if errors.Is(err, context.Canceled) {
+				e.Message = "interrupted: " + e.Message
+			}
+		} else if e.Message != err.Error() && e.err != err {
+			e = &Error{Code: e.Code, Message: err.Error()}
+		}
+		w.WriteHeader(httpStatus[e.Code])
+		out = struct {
+			Error *Error `json:"error"`
+		}{e}
+	}
+	_ = json.NewEncoder(w).Encode(out) // the client is gone if it fails
+}
