@@ -1,0 +1,693 @@
+//go:build ignore
+
+// SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
+/* The tap: sees every write to the disks of one group, puts it into the group's
+ * ring with its payload or, where that cannot be, leaves a gap bit for each
+ * block it touches. ARCHITECTURE.md tells the life of a write; the order of the
+ * steps here is what docs/decisions/gap-and-fill.md relies on:
+ *
+ *   queue:  in flight -> change map -> ring record
+ *   lost:   in flight (dropped) -> gap bits -> drop counter -> range record
+ *   failed: gap bits -> drop counter
+ */
+#include "kernel.h"
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+#include <bpf/bpf_core_read.h>
+#include "layout.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+#define OP_MASK 0xff
+#define OP_WRITE 1
+#define OP_DISCARD 3
+#define OP_SECURE_ERASE 5
+#define OP_WRITE_ZEROES 9
+#define OP_DRV_IN 34
+#define OP_DRV_OUT 35
+
+/* Numbers of internal/block. */
+#define BLOCK_WRITE 1
+#define BLOCK_ZEROES 2
+#define BLOCK_DISCARD 3
+
+struct map_page {
+	__u8 b[PAGE];
+};
+
+struct word_page {
+	__u64 w[PAGE / 8];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct state);
+} state SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, DISKS_MAX);
+	__type(key, __u32);
+	__type(value, struct whole);
+} targets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DISKS_MAX);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct counters);
+} counts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct map_page);
+} change SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct word_page);
+} gaps SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, INFLIGHT_MAX);
+	__type(key, __u64);
+	__type(value, struct flight);
+} inflight SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 64 << 10);
+} ring SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct map_page);
+} scratch SEC(".maps");
+
+/* The attached programs only jump through a table, so that an upgrade replaces
+ * what they do without a moment in which nothing is attached. A table belongs
+ * to one tracepoint: the kernel refuses to mix them. */
+#define STUB(name, tracepoint)                                \
+	struct {                                              \
+		__uint(type, BPF_MAP_TYPE_PROG_ARRAY);        \
+		__uint(max_entries, 1);                       \
+		__type(key, __u32);                           \
+		__type(value, __u32);                         \
+	} to_##name SEC(".maps");                             \
+	SEC("tp_btf/" #tracepoint) int stub_##name(void *ctx) \
+	{                                                     \
+		bpf_tail_call(ctx, &to_##name, 0);            \
+		return 0;                                     \
+	}
+
+STUB(queue, block_bio_queue)
+STUB(rq_complete, block_rq_complete)
+STUB(bio_complete, block_bio_complete)
+STUB(rq_issue, block_rq_issue)
+
+static __always_inline struct state *get_state(void)
+{
+	__u32 zero = 0;
+	return bpf_map_lookup_elem(&state, &zero);
+}
+
+static __always_inline struct counters *get_counts(struct whole *w)
+{
+	__u32 slot = w->slot;
+	return bpf_map_lookup_elem(&counts, &slot);
+}
+
+static __always_inline bool is_write(__u32 op)
+{
+	return op == OP_WRITE || op == OP_DISCARD || op == OP_SECURE_ERASE || op == OP_WRITE_ZEROES;
+}
+
+/* ---- change map and gap bits -------------------------------------------- */
+
+struct blocks {
+	__u64 first;
+	__u32 number; /* for the change map */
+};
+
+static __always_inline void change_one(__u64 at, __u32 number)
+{
+	__u32 i = at / PAGE;
+	struct map_page *p = bpf_map_lookup_elem(&change, &i);
+	if (p)
+		p->b[at & (PAGE - 1)] = number;
+}
+
+static long change_step(__u32 i, struct blocks *b)
+{
+	change_one(b->first + i, b->number);
+	return 0;
+}
+
+static __always_inline void mark_changed(struct target *t, __u64 first, __u64 last, __u32 number)
+{
+	struct blocks b = { .first = t->change + first, .number = number };
+	__u64 n = last - first + 1;
+	if (n == 1)
+		change_one(b.first, number);
+	else
+		bpf_loop(n, change_step, &b, 0);
+}
+
+static __always_inline void gap_one(__u64 bit)
+{
+	__u64 word = bit / 64;
+	__u32 i = word / (PAGE / 8);
+	struct word_page *p = bpf_map_lookup_elem(&gaps, &i);
+	if (p)
+		__sync_fetch_and_or(&p->w[word & (PAGE / 8 - 1)], 1ULL << (bit & 63));
+}
+
+static long gap_step(__u32 i, struct blocks *b)
+{
+	gap_one(b->first + i);
+	return 0;
+}
+
+/* set_gap marks the part of [sector, sector+count) that lies in t. It says
+ * whether there was one. */
+static __always_inline bool set_gap(struct target *t, __u64 sector, __u64 count)
+{
+	__u64 from = sector > t->start ? sector : t->start;
+	__u64 end = sector + count, tend = t->start + t->length;
+	if (end > tend)
+		end = tend;
+	if (from >= end)
+		return false;
+	struct blocks b = { .first = t->gap * 64 + ((from - t->start) >> t->shift) };
+	__u64 n = ((end - 1 - t->start) >> t->shift) - ((from - t->start) >> t->shift) + 1;
+	bpf_loop(n, gap_step, &b, 0);
+	return true;
+}
+
+struct spread {
+	struct whole *w;
+	__u64 sector, count;
+	__u32 hit;
+};
+
+static long spread_step(__u32 i, struct spread *s)
+{
+	struct whole *w = s->w;
+	if (i >= TARGETS_MAX || i >= w->count)
+		return 1;
+	if (set_gap(&w->t[i], s->sector, s->count))
+		s->hit++;
+	return 0;
+}
+
+/* gap_all marks a range of the whole disk in every target that it meets, then counts
+ * the drop. The counter comes last: who reads it may rely on the bits. */
+static __noinline long gap_all(__u32 dev, __u64 sector, __u64 count)
+{
+	struct state *st = get_state();
+	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
+	if (!st || !w)
+		return 0;
+	struct spread s = { .w = w, .sector = sector, .count = count };
+	bpf_loop(TARGETS_MAX, spread_step, &s, 0);
+	if (s.hit)
+		__sync_fetch_and_add(&st->drops, 1);
+	return s.hit;
+}
+
+/* ---- a bio is queued ----------------------------------------------------- */
+
+/* As in the kernel; its layout has been this since 2001 and is checked at start. */
+struct vec {
+	__u64 page;
+	__u32 len;
+	__u32 off;
+};
+
+struct walk {
+	struct bpf_dynptr ptr;
+	__u64 vecs;
+	__u64 base;
+	__u32 shift;
+	__u32 index, done, left, out;
+};
+
+static long copy_step(__u32 i, struct walk *w)
+{
+	struct vec v;
+	__u32 n, left = w->left;
+	void *to;
+	__u64 va;
+
+	if (!left)
+		return 1;
+	if (bpf_probe_read_kernel(&v, sizeof(v), (void *)(w->vecs + (__u64)w->index * sizeof(v))))
+		return 1;
+	if (v.len <= w->done)
+		return 1; /* an empty vector: nothing that we understand */
+	va = (v.page << w->shift) + w->base + v.off + w->done;
+	n = v.len - w->done;
+	if (n > left)
+		n = left;
+	if (n >= PAGE) {
+		n = PAGE;
+		to = bpf_dynptr_data(&w->ptr, w->out, PAGE);
+		if (!to || bpf_probe_read_kernel(to, PAGE, (void *)va))
+			return 1;
+	} else if (n >= 512) {
+		n = 512;
+		to = bpf_dynptr_data(&w->ptr, w->out, 512);
+		if (!to || bpf_probe_read_kernel(to, 512, (void *)va))
+			return 1;
+	} else {
+		__u32 zero = 0;
+		to = bpf_map_lookup_elem(&scratch, &zero);
+		if (!to)
+			return 1;
+		asm volatile("" : "+r"(n)); /* the verifier must see the mask */
+		n &= 511;
+		if (bpf_probe_read_kernel(to, n, (void *)va))
+			return 1;
+		if (bpf_dynptr_write(&w->ptr, w->out, to, n, 0))
+			return 1;
+	}
+	w->out += n;
+	w->left = left - n;
+	w->done += n;
+	if (w->done >= v.len) {
+		w->index++;
+		w->done = 0;
+	}
+	return 0;
+}
+
+/* wakeup spares the daemon a poll only when it falls behind; it looks by itself
+ * many times a second. */
+static __always_inline void fill_head(struct head *h, __u32 kind, struct target *t, __u32 op, __u64 sector, __u32 bytes, __u64 drops)
+{
+	h->kind = kind;
+	h->disk = t->disk;
+	h->op = op;
+	h->consistency = 0;
+	h->sector = sector - t->start;
+	h->bytes = bytes;
+	h->time = bpf_ktime_get_ns();
+	h->drops = drops;
+	h->token = 0;
+	h->payload = 0;
+	h->reserved = 0;
+	h->reserved2 = 0;
+}
+
+/* room says whether the ring takes a record of n bytes and still keeps what is
+ * set aside. Another CPU may take it meanwhile: then the reserve fails. */
+static __always_inline bool room(struct state *st, __u64 n, __u64 keep)
+{
+	return bpf_ringbuf_query(&ring, BPF_RB_AVAIL_DATA) + n + 8 + keep <= st->ring_size;
+}
+
+enum { CAPTURED, NO_ROOM, UNREADABLE };
+
+/* put_bare: a write without payload (zeroes, discard), or a lost one's range. */
+static __always_inline int put_bare(struct target *t, __u32 kind, __u32 op, __u64 sector, __u32 bytes, __u64 drops)
+{
+	struct head *h = bpf_ringbuf_reserve(&ring, sizeof(*h), 0);
+	if (!h)
+		return NO_ROOM;
+	fill_head(h, kind, t, op, sector, bytes, drops);
+	bpf_ringbuf_submit(h, BPF_RB_NO_WAKEUP);
+	return CAPTURED;
+}
+
+/* put_page: the common case, one whole page. */
+static __always_inline int put_page(struct state *st, struct target *t, __u64 sector, __u64 drops, __u64 va)
+{
+	struct page_record *r = bpf_ringbuf_reserve(&ring, sizeof(*r), 0);
+	if (!r)
+		return NO_ROOM;
+	fill_head(&r->h, KIND_WRITE, t, BLOCK_WRITE, sector, PAGE, drops);
+	r->h.payload = PAGE;
+	if (bpf_probe_read_kernel(r->data, PAGE, (void *)va)) {
+		bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
+		return UNREADABLE;
+	}
+	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	return CAPTURED;
+}
+
+static __always_inline int put_payload(struct state *st, struct target *t, struct bio *bio, __u64 sector, __u32 bytes, __u64 drops)
+{
+	struct walk w = {};
+	struct head h = {};
+	int result = CAPTURED;
+
+	w.vecs = (__u64)bio->bi_io_vec;
+	w.index = bio->bi_iter.bi_idx;
+	w.done = bio->bi_iter.bi_bvec_done;
+	w.base = st->va_base;
+	w.shift = st->va_shift & 63;
+	if (bytes == PAGE) {
+		struct vec v;
+		if (bpf_probe_read_kernel(&v, sizeof(v), (void *)(w.vecs + (__u64)w.index * sizeof(v))))
+			return UNREADABLE;
+		if (v.len - w.done >= PAGE)
+			return put_page(st, t, sector, drops, (v.page << w.shift) + w.base + v.off + w.done);
+	}
+	if (bpf_ringbuf_reserve_dynptr(&ring, sizeof(h) + bytes, 0, &w.ptr)) {
+		bpf_ringbuf_discard_dynptr(&w.ptr, BPF_RB_NO_WAKEUP);
+		return NO_ROOM;
+	}
+	w.left = bytes;
+	w.out = sizeof(h);
+	bpf_loop((bytes >> 9) * 2 + 64, copy_step, &w, 0);
+	if (w.left) {
+		bpf_ringbuf_discard_dynptr(&w.ptr, BPF_RB_NO_WAKEUP);
+		return UNREADABLE;
+	}
+	fill_head(&h, KIND_WRITE, t, BLOCK_WRITE, sector, bytes, drops);
+	h.payload = bytes;
+	bpf_dynptr_write(&w.ptr, 0, &h, sizeof(h), 0);
+	bpf_ringbuf_submit_dynptr(&w.ptr, BPF_RB_NO_WAKEUP);
+	return result;
+}
+
+static __always_inline __u32 block_op(__u32 op)
+{
+	if (op == OP_WRITE)
+		return BLOCK_WRITE;
+	return op == OP_WRITE_ZEROES ? BLOCK_ZEROES : BLOCK_DISCARD;
+}
+
+static __always_inline int capture(struct state *st, struct target *t, struct bio *bio, __u32 op, __u64 sector, __u32 bytes, __u64 drops)
+{
+	if (op != OP_WRITE)
+		return room(st, sizeof(struct head), RING_KEEP) ? put_bare(t, KIND_WRITE, block_op(op), sector, bytes, drops) : NO_ROOM;
+	if (!st->payload)
+		return UNREADABLE;
+	if (bytes > st->payload_max || !room(st, sizeof(struct head) + bytes, RING_KEEP))
+		return NO_ROOM;
+	return put_payload(st, t, bio, sector, bytes, drops);
+}
+
+static __always_inline void track(struct state *st, __u64 key, __u32 dev, __u64 sector, __u32 bytes, __u64 place, __u32 flags)
+{
+	struct flight f = { .place = place, .sector = sector, .left = bytes, .bytes = bytes, .whole = dev, .flags = flags };
+	if (bpf_map_update_elem(&inflight, &key, &f, BPF_ANY))
+		__sync_fetch_and_add(&st->inflight_full, 1); /* its end will be unknown, and a gap */
+}
+
+struct find {
+	struct whole *w;
+	__u64 sector, end;
+	__u32 at;
+	__u32 met;
+};
+
+static long find_step(__u32 i, struct find *f)
+{
+	struct whole *w = f->w;
+	if (i >= TARGETS_MAX || i >= w->count)
+		return 1;
+	struct target *t = &w->t[i];
+	if (f->sector < t->start + t->length && t->start < f->end) {
+		f->at = i;
+		f->met++;
+	}
+	return 0;
+}
+
+SEC("tp_btf/block_bio_queue") int BPF_PROG(queue, struct bio *bio)
+{
+	__u32 op = bio->bi_opf & OP_MASK, bytes = bio->bi_iter.bi_size;
+	if (!is_write(op) || !bytes)
+		return 0;
+	struct gendisk *disk = bio->bi_bdev->bd_disk;
+	__u32 dev = disk->part0->bd_dev;
+	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
+	struct state *st = get_state();
+	if (!w || !st)
+		return 0;
+	struct counters *c = get_counts(w);
+	if (!c)
+		return 0;
+	__u64 drops = *(volatile __u64 *)&st->drops;
+	__sync_fetch_and_add(&c->traced, bytes);
+	if (disk->diskseq != w->diskseq) {
+		__sync_fetch_and_add(&c->foreign, 1);
+		return 0;
+	}
+	__u64 sector = bio->bi_iter.bi_sector, count = bytes >> 9;
+	struct find f = { .w = w, .sector = sector, .end = sector + count };
+	if (w->count == 1)
+		find_step(0, &f);
+	else
+		bpf_loop(TARGETS_MAX, find_step, &f, 0);
+	if (!f.met || f.at >= TARGETS_MAX)
+		return 0;
+	struct target *t = &w->t[f.at];
+	bool inside = f.met == 1 && sector >= t->start && sector + count <= t->start + t->length;
+
+	__u64 place = bpf_ringbuf_query(&ring, BPF_RB_PROD_POS);
+	bool tracked = st->ends || w->bio_based;
+	if (tracked)
+		track(st, (__u64)bio, dev, sector, bytes, place, 0);
+	int result = NO_ROOM;
+	if (inside) {
+		mark_changed(t, (sector - t->start) >> t->shift, (sector + count - 1 - t->start) >> t->shift, st->change);
+		result = capture(st, t, bio, op, sector, bytes, drops);
+	}
+	if (result == CAPTURED) {
+		__sync_fetch_and_add(&c->writes, 1);
+		__sync_fetch_and_add(&c->bytes, bytes);
+		return 0;
+	}
+	st->ends = 1;
+	track(st, (__u64)bio, dev, sector, bytes, place, FLIGHT_DROPPED);
+	__sync_fetch_and_add(&c->lost, 1);
+	if (result == UNREADABLE)
+		__sync_fetch_and_add(&c->unreadable, 1);
+	gap_all(dev, sector, count);
+	if (inside && room(st, sizeof(struct head), RING_KEEP / 2) &&
+	    put_bare(t, KIND_LOST, block_op(op), sector, bytes, drops + 1) == CAPTURED)
+		__sync_fetch_and_add(&st->lost_ranges, 1);
+	return 0;
+}
+
+/* ---- a bio ends ---------------------------------------------------------- */
+
+/* ended takes n bytes off a bio in flight; false: it is not in the map. */
+static __always_inline bool ended(__u64 key, __u32 n)
+{
+	struct flight *f = bpf_map_lookup_elem(&inflight, &key);
+	if (!f)
+		return false;
+	__s64 left = __sync_fetch_and_add(&f->left, -(__s64)n);
+	if (left <= (__s64)n)
+		bpf_map_delete_elem(&inflight, &key);
+	return true;
+}
+
+struct ends {
+	struct bio *bio;
+	__u32 left;
+	__u64 from, end; /* what ended and was not in the map; one range that holds it all */
+};
+
+static long end_step(__u32 i, struct ends *e)
+{
+	struct bio *bio = e->bio;
+	if (!bio || !e->left)
+		return 1;
+	__u32 n = BPF_CORE_READ(bio, bi_iter.bi_size);
+	if (n > e->left)
+		n = e->left;
+	e->left -= n;
+	/* A part of a split bio is a child; its parent is what was queued. */
+	if (!ended((__u64)bio, n) && !ended((__u64)BPF_CORE_READ(bio, bi_private), n)) {
+		__u64 sector = BPF_CORE_READ(bio, bi_iter.bi_sector);
+		if (sector < e->from)
+			e->from = sector;
+		if (sector + (n >> 9) > e->end)
+			e->end = sector + (n >> 9);
+	}
+	e->bio = BPF_CORE_READ(bio, bi_next);
+	return 0;
+}
+
+SEC("tp_btf/block_rq_complete") int BPF_PROG(rq_complete, struct request *rq, __u8 error, unsigned int bytes)
+{
+	if (!is_write(rq->cmd_flags & OP_MASK) || !bytes)
+		return 0;
+	struct gendisk *disk = rq->q->disk;
+	if (!disk)
+		return 0;
+	__u32 dev = BPF_CORE_READ(disk, part0, bd_dev);
+	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
+	struct state *st = get_state();
+	if (!w || !st || disk->diskseq != w->diskseq)
+		return 0;
+	struct counters *c = get_counts(w);
+	if (!c)
+		return 0;
+	__sync_fetch_and_add(&c->ended, bytes);
+	if (error && gap_all(dev, rq->__sector, bytes >> 9))
+		__sync_fetch_and_add(&c->failed, 1);
+	if (!st->ends)
+		return 0;
+	struct ends e = { .bio = rq->bio, .left = bytes, .from = ~0ULL };
+	bpf_loop(4096, end_step, &e, 0);
+	if (e.end && gap_all(dev, e.from, e.end - e.from))
+		__sync_fetch_and_add(&c->unknown, 1);
+	return 0;
+}
+
+/* Bio-based drivers end every bio here; on other disks only those come that
+ * ended before they became requests. */
+SEC("tp_btf/block_bio_complete") int BPF_PROG(bio_complete, struct request_queue *q, struct bio *bio)
+{
+	if (!is_write(bio->bi_opf & OP_MASK))
+		return 0;
+	struct gendisk *disk = bio->bi_bdev->bd_disk;
+	__u32 dev = BPF_CORE_READ(disk, part0, bd_dev);
+	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
+	struct state *st = get_state();
+	if (!w || !st || disk->diskseq != w->diskseq)
+		return 0;
+	struct counters *c = get_counts(w);
+	if (!c)
+		return 0;
+	__u64 key = (__u64)bio, sector = bio->bi_iter.bi_sector;
+	__u32 bytes = bio->bi_iter.bi_size;
+	__u8 status = bio->bi_status;
+	struct flight *f = bpf_map_lookup_elem(&inflight, &key);
+	if (f) {
+		sector = f->sector;
+		bytes = f->bytes;
+		bpf_map_delete_elem(&inflight, &key);
+	} else {
+		__u64 parent = (__u64)BPF_CORE_READ(bio, bi_private);
+		f = bpf_map_lookup_elem(&inflight, &parent);
+		if (f) {
+			/* A child. On a bio-based disk its parent ends here too, with its status. */
+			if (w->bio_based)
+				return 0;
+			if (!bytes) {
+				sector = f->sector;
+				bytes = f->bytes;
+			}
+			ended(parent, bytes);
+		} else if (st->ends || w->bio_based) {
+			if (!bytes) /* advanced to its end: where it was cannot be told */
+				__sync_fetch_and_add(&c->blind, 1);
+			else if (gap_all(dev, sector, bytes >> 9))
+				__sync_fetch_and_add(&c->unknown, 1);
+			status = 0;
+		}
+	}
+	__sync_fetch_and_add(&c->ended, bytes);
+	if (status && gap_all(dev, sector, bytes >> 9))
+		__sync_fetch_and_add(&c->failed, 1);
+	return 0;
+}
+
+/* ---- commands that are not bios ------------------------------------------- */
+
+static __always_inline bool scsi_harmless(__u8 op)
+{
+	switch (op) {
+	case 0x00: /* test unit ready */
+	case 0x03: /* request sense */
+	case 0x08: case 0x28: case 0x88: case 0xa8: /* read */
+	case 0x12: /* inquiry */
+	case 0x1a: case 0x5a: /* mode sense */
+	case 0x1b: /* start stop */
+	case 0x1e: /* prevent removal */
+	case 0x25: case 0x9e: /* read capacity and kin */
+	case 0x2f: case 0x8f: /* verify */
+	case 0x35: case 0x91: /* synchronize cache */
+	case 0x4d: /* log sense */
+	case 0x5e: case 0x5f: /* persistent reserve */
+	case 0xa0: /* report luns */
+	case 0xa3: /* maintenance in */
+		return true;
+	}
+	return false;
+}
+
+static __always_inline bool nvme_harmless(__u8 op)
+{
+	/* I/O: flush, read, compare, verify, reservations. Admin: get log page, identify, get features, abort, async event, keep alive. */
+	switch (op) {
+	case 0x00: case 0x02: case 0x05: case 0x06: case 0x08: case 0x0a: case 0x0c: case 0x0d: case 0x0e: case 0x11: case 0x15: case 0x18:
+		return true;
+	}
+	return false;
+}
+
+SEC("tp_btf/block_rq_issue") int BPF_PROG(rq_issue, struct request *rq)
+{
+	__u32 op = rq->cmd_flags & OP_MASK;
+	if (op != OP_DRV_IN && op != OP_DRV_OUT)
+		return 0;
+	struct gendisk *disk = rq->q->disk;
+	if (!disk)
+		return 0;
+	__u32 dev = BPF_CORE_READ(disk, part0, bd_dev);
+	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
+	if (!w)
+		return 0;
+	struct counters *c = get_counts(w);
+	if (!c || w->passthrough == PASS_NONE)
+		return 0;
+	__u64 at = (__u64)rq + bpf_core_type_size(struct request) + w->pass_offset;
+	__u8 code = 0;
+	if (w->passthrough == PASS_SCSI) {
+		if (!bpf_probe_read_kernel(&code, 1, (void *)at) && scsi_harmless(code))
+			return 0;
+	} else if (w->passthrough == PASS_NVME) {
+		__u64 cmd = 0;
+		if (!bpf_probe_read_kernel(&cmd, sizeof(cmd), (void *)at) && !bpf_probe_read_kernel(&code, 1, (void *)cmd) && nvme_harmless(code))
+			return 0;
+	} else if (op == OP_DRV_IN) {
+		return 0;
+	}
+	__sync_fetch_and_add(&c->passthrough, 1);
+	return 0;
+}
+
+/* ---- called by the daemon ------------------------------------------------- */
+
+SEC("syscall") int bookmark(struct mark *m)
+{
+	struct state *st = get_state();
+	if (!st)
+		return 2;
+	__u64 drops = *(volatile __u64 *)&st->drops;
+	struct bookmark_record *r = bpf_ringbuf_reserve(&ring, sizeof(*r), 0);
+	if (!r)
+		return 1;
+	__builtin_memset(&r->h, 0, sizeof(r->h));
+	r->h.kind = KIND_BOOKMARK;
+	r->h.consistency = m->consistency;
+	r->h.time = bpf_ktime_get_ns();
+	r->h.drops = drops;
+	r->h.token = m->token;
+	r->h.payload = m->length;
+	__builtin_memcpy(r->name, m->name, sizeof(r->name));
+	m->place = bpf_ringbuf_query(&ring, BPF_RB_PROD_POS);
+	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	return 0;
+}

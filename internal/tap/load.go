@@ -1,0 +1,358 @@
+package tap
+
+import (
+	"bytes"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
+
+	"tidemark/bpf"
+)
+
+// Config is what a tap is started with.
+type Config struct {
+	Instance, Group string
+	RingBytes       int // power of two, from 64 KiB
+	Targets         []Target
+	Options
+}
+
+// Options are for machines, and tests, that need less than everything.
+type Options struct {
+	MetadataOnly bool // do not capture payloads
+}
+
+// Start loads the programs, calibrates them, pins and attaches everything. When
+// it returns, every write queued from now on is captured. ErrExists: adopt or
+// discard what is there.
+func Start(cfg Config) (*Tap, error) {
+	p, err := pinsOf(cfg.Instance, cfg.Group)
+	if err != nil {
+		return nil, err
+	}
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(rlimit.RemoveMemlock(), mountBPFFS()); err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(p.path("meta")); err == nil {
+		return nil, fmt.Errorf("%s: %w", p.dir, ErrExists)
+	}
+	if err := p.remove(); err != nil { // half a tap of a start that was killed
+		return nil, err
+	}
+	t := &Tap{pins: p, targets: slices.Clone(cfg.Targets), ringSize: uint64(cfg.RingBytes), options: cfg.Options}
+	if _, err := rand.Read(t.ident[:]); err != nil {
+		return nil, err
+	}
+	if err := t.start(); err != nil {
+		return nil, errors.Join(err, t.Remove())
+	}
+	return t, nil
+}
+
+func (c Config) check() error {
+	if c.RingBytes < 64<<10 || c.RingBytes > 1<<30 || c.RingBytes&(c.RingBytes-1) != 0 {
+		return fmt.Errorf("ring of %d bytes: want a power of two from 64 KiB to 1 GiB: %w", c.RingBytes, ErrConfig)
+	}
+	if len(c.Targets) == 0 || len(c.Targets) > disksMax {
+		return fmt.Errorf("%d disks: want 1 to %d: %w", len(c.Targets), disksMax, ErrConfig)
+	}
+	onWhole := map[uint32]int{}
+	for i, t := range c.Targets {
+		onWhole[t.Whole]++
+		switch {
+		case t.Len <= 0 || t.Start < 0 || t.Len%512 != 0 || t.Start%512 != 0:
+			return fmt.Errorf("disk %s: %d bytes from %d: want whole sectors: %w", t.Name, t.Len, t.Start, ErrConfig)
+		case t.BlockSize < 512 || t.BlockSize&(t.BlockSize-1) != 0:
+			return fmt.Errorf("disk %s: block size %d: want a power of two from 512: %w", t.Name, t.BlockSize, ErrConfig)
+		case onWhole[t.Whole] > targetsMax:
+			return fmt.Errorf("disk %s: more than %d partitions of one disk: %w", t.Name, targetsMax, ErrConfig)
+		}
+		for _, o := range c.Targets[:i] {
+			if o.Whole == t.Whole && o.Start < t.Start+t.Len && t.Start < o.Start+o.Len {
+				return fmt.Errorf("disks %s and %s overlap: %w", o.Name, t.Name, ErrConfig)
+			}
+		}
+	}
+	return nil
+}
+
+// places lays the targets' parts of change map and gap map one behind the other.
+func (t *Tap) places() (changePages, gapPages uint32) {
+	var change, gap uint64
+	t.base = t.base[:0]
+	for _, target := range t.targets {
+		n := blocksOf(target)
+		t.base = append(t.base, offsets{change: change, gap: gap, blocks: n})
+		change += (n + 4095) &^ 4095
+		gap += (n + 63) / 64
+	}
+	return uint32(change / pageSize), uint32((gap*8 + pageSize - 1) / pageSize)
+}
+
+var hooks = []string{"queue", "rq_complete", "bio_complete", "rq_issue"}
+
+func (t *Tap) start() error {
+	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(bpf.Tap))
+	if err != nil {
+		return err
+	}
+	changePages, gapPages := t.places()
+	spec.Maps["change"].MaxEntries = changePages
+	spec.Maps["gaps"].MaxEntries = gapPages
+	spec.Maps["ring"].MaxEntries = uint32(t.ringSize)
+	coll, err := ebpf.NewCollection(spec)
+	if err != nil {
+		return fmt.Errorf("loading the tap's programs: %w", err)
+	}
+	defer coll.Close()
+	if err := t.adoptMaps(coll.Maps); err != nil {
+		return err
+	}
+	t.setUp()
+	if err := t.putTargets(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(t.pins.dir, 0o700); err != nil {
+		return err
+	}
+	for name, m := range t.maps {
+		if err := m.Pin(t.pins.path("map_" + name)); err != nil {
+			return err
+		}
+	}
+	if err := t.attach(coll); err != nil {
+		return err
+	}
+	mm, err := newMetaMap(meta{Layout: layout, Identity: t.ident, Targets: t.targets, Ring: int(t.ringSize)})
+	if err != nil {
+		return err
+	}
+	defer mm.Close()
+	return mm.Pin(t.pins.path("meta")) // last: a tap without it is half a tap
+}
+
+// adoptMaps takes clones of maps over and maps them into memory.
+func (t *Tap) adoptMaps(maps map[string]*ebpf.Map) error {
+	t.maps = map[string]*ebpf.Map{}
+	for name, m := range maps {
+		if name == "scratch" || name[0] == '.' {
+			continue
+		}
+		c, err := m.Clone()
+		if err != nil {
+			return err
+		}
+		t.maps[name] = c
+	}
+	return t.mapMemory()
+}
+
+func (t *Tap) mapMemory() error {
+	st, err := t.mmap("state", int(unsafe.Sizeof(state{})))
+	if err != nil {
+		return err
+	}
+	t.state = (*state)(unsafe.Pointer(&st[0]))
+	counts, err := t.mmap("counts", disksMax*int(unsafe.Sizeof(counters{})))
+	if err != nil {
+		return err
+	}
+	t.counts = unsafe.Slice((*counters)(unsafe.Pointer(&counts[0])), disksMax)
+	if t.change, err = t.mmap("change", int(t.maps["change"].MaxEntries())*pageSize); err != nil {
+		return err
+	}
+	gaps, err := t.mmap("gaps", int(t.maps["gaps"].MaxEntries())*pageSize)
+	if err != nil {
+		return err
+	}
+	t.gaps = unsafe.Slice((*uint64)(unsafe.Pointer(&gaps[0])), len(gaps)/8)
+	return t.mapRing()
+}
+
+func (t *Tap) mmap(name string, size int) ([]byte, error) {
+	page := unix.Getpagesize()
+	size = (size + page - 1) / page * page
+	b, err := unix.Mmap(t.maps[name].FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("mapping the tap's %s: %w", name, err)
+	}
+	t.mappings = append(t.mappings, b)
+	return b, nil
+}
+
+// mapRing maps the consumer's page, then the producer's with the data twice
+// behind it, so that a record never wraps (Linux, kernel/bpf/ringbuf.c).
+func (t *Tap) mapRing() error {
+	fd, page := t.maps["ring"].FD(), unix.Getpagesize()
+	cons, err := unix.Mmap(fd, 0, page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("mapping the ring's consumer: %w", err)
+	}
+	t.mappings = append(t.mappings, cons)
+	data, err := unix.Mmap(fd, int64(page), page+2*int(t.ringSize), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("mapping the ring: %w", err)
+	}
+	t.mappings = append(t.mappings, data)
+	t.consumer = (*uint64)(unsafe.Pointer(&cons[0]))
+	t.producer = (*uint64)(unsafe.Pointer(&data[0]))
+	t.ring = data[page:]
+	return nil
+}
+
+// setUp fills the state in that the programs read. Ends are tracked from the
+// start: bios older than the tap are on their way.
+func (t *Tap) setUp() {
+	*t.state = state{RingSize: t.ringSize, PayloadMax: min(t.ringSize/4, payloadMax), Ends: 1, Change: 1}
+	if t.options.MetadataOnly {
+		return
+	}
+	if c, err := calibrate(); err == nil {
+		t.state.VABase, t.state.VAShift, t.state.Payload = c.base, c.shift, 1
+	}
+}
+
+func (t *Tap) putTargets() error {
+	wholes := map[uint32]*whole{}
+	for i, target := range t.targets {
+		w := wholes[target.Whole]
+		if w == nil {
+			w = &whole{DiskSeq: target.DiskSeq, Slot: uint32(i), Passthrough: target.Pass.Kind, PassOffset: target.Pass.Offset}
+			wholes[target.Whole] = w
+		}
+		if target.BioBased {
+			w.BioBased = 1
+		}
+		w.T[w.Count] = targetOf(target, i, t.base[i])
+		w.Count++
+	}
+	for dev, w := range wholes {
+		if err := t.maps["targets"].Put(dev, w); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func targetOf(t Target, disk int, o offsets) target {
+	return target{Start: uint64(t.Start) / 512, Length: uint64(t.Len) / 512, Disk: uint32(disk),
+		Shift: shiftOf(t.BlockSize) - 9, Change: o.change, Gap: o.gap}
+}
+
+// attach fills the tables, then attaches the stubs: ends before beginnings, so
+// that no bio is seen to begin whose end could be missed.
+func (t *Tap) attach(coll *ebpf.Collection) error {
+	for _, h := range hooks {
+		if err := coll.Maps["to_"+h].Put(uint32(0), coll.Programs[h]); err != nil {
+			return fmt.Errorf("table of %s: %w", h, err)
+		}
+	}
+	mark, err := coll.Programs["bookmark"].Clone()
+	if err != nil {
+		return err
+	}
+	t.mark = mark
+	if err := mark.Pin(t.pins.path("bookmark")); err != nil {
+		return err
+	}
+	for _, h := range []string{"rq_complete", "bio_complete", "rq_issue", "queue"} {
+		stub := coll.Programs["stub_"+h]
+		l, err := link.AttachTracing(link.TracingOptions{Program: stub})
+		if err != nil {
+			return fmt.Errorf("attaching to the %s tracepoint: %w", h, err)
+		}
+		err = errors.Join(l.Pin(t.pins.path("link_"+h)), stub.Pin(t.pins.path("stub_"+h)), l.Close())
+		if err != nil {
+			return err
+		}
+	}
+	return t.loadStubs()
+}
+
+func (t *Tap) loadStubs() error {
+	for _, h := range hooks {
+		p, err := ebpf.LoadPinnedProgram(t.pins.path("stub_"+h), nil)
+		if err != nil {
+			return err
+		}
+		t.stubs = append(t.stubs, p)
+	}
+	return nil
+}
+
+// Adopt takes a pinned tap over and puts this build's programs into it, without
+// a moment in which nothing is captured. ErrNoPins, ErrLayout.
+func Adopt(instance, group string) (*Tap, error) {
+	p, err := pinsOf(instance, group)
+	if err != nil {
+		return nil, err
+	}
+	m, err := p.meta()
+	if err != nil {
+		return nil, fmt.Errorf("group %s: %w", group, err)
+	}
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return nil, err
+	}
+	t := &Tap{pins: p, targets: m.Targets, ident: m.Identity, ringSize: uint64(m.Ring)}
+	if err := t.adopt(); err != nil {
+		return nil, errors.Join(fmt.Errorf("taking over the tap of group %s: %w", group, err), t.Close())
+	}
+	return t, nil
+}
+
+func (t *Tap) adopt() error {
+	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(bpf.Tap))
+	if err != nil {
+		return err
+	}
+	t.places()
+	t.maps = map[string]*ebpf.Map{}
+	for name := range spec.Maps {
+		if name == "scratch" || name[0] == '.' {
+			continue
+		}
+		m, err := ebpf.LoadPinnedMap(t.pins.path("map_"+name), nil)
+		if err != nil {
+			return err
+		}
+		t.maps[name] = m
+	}
+	for _, h := range hooks {
+		if _, err := os.Stat(t.pins.path("link_" + h)); err != nil {
+			return err // not attached: nothing was captured
+		}
+		delete(spec.Programs, "stub_"+h)
+	}
+	spec.Maps["change"].MaxEntries = t.maps["change"].MaxEntries()
+	spec.Maps["gaps"].MaxEntries = t.maps["gaps"].MaxEntries()
+	spec.Maps["ring"].MaxEntries = uint32(t.ringSize)
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: t.maps})
+	if err != nil {
+		return fmt.Errorf("loading the tap's programs: %w", err)
+	}
+	defer coll.Close()
+	for _, h := range hooks {
+		if err := t.maps["to_"+h].Put(uint32(0), coll.Programs[h]); err != nil {
+			return err
+		}
+	}
+	if t.mark, err = coll.Programs["bookmark"].Clone(); err != nil {
+		return err
+	}
+	if err := t.loadStubs(); err != nil {
+		return err
+	}
+	return t.mapMemory()
+}

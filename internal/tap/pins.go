@@ -1,0 +1,159 @@
+package tap
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+const bpffs = "/sys/fs/bpf"
+
+var component = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$`)
+
+// pins is the folder of one group below bpffs.
+type pins struct{ dir string }
+
+func pinsOf(instance, group string) (pins, error) {
+	for _, c := range []string{instance, group} {
+		if !component.MatchString(c) {
+			return pins{}, fmt.Errorf("%q: want 1 to 64 of letters, digits, - and _: %w", c, ErrConfig)
+		}
+	}
+	return pins{filepath.Join(bpffs, "tidemark", instance, group)}, nil
+}
+
+func (p pins) path(name string) string { return filepath.Join(p.dir, name) }
+
+// remove takes the pins away: links first, so that nothing is attached to half a tap.
+func (p pins) remove() error {
+	entries, err := os.ReadDir(p.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, prefix := range []string{"link_", ""} {
+		for _, e := range entries {
+			if len(e.Name()) >= len(prefix) && e.Name()[:len(prefix)] == prefix {
+				if err := os.Remove(p.path(e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+					errs = append(errs, err)
+				}
+			}
+		}
+	}
+	errs = append(errs, os.Remove(p.dir))
+	_ = os.Remove(filepath.Dir(p.dir)) // stays while other groups are in it
+	return errors.Join(errs...)
+}
+
+// mountBPFFS mounts the BPF file system where it is absent.
+func mountBPFFS() error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(bpffs, &st); err == nil && st.Type == unix.BPF_FS_MAGIC {
+		return nil
+	}
+	if err := os.MkdirAll(bpffs, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount("bpf", bpffs, "bpf", 0, "mode=0700"); err != nil {
+		return fmt.Errorf("mounting the BPF file system at %s: %w", bpffs, err)
+	}
+	return nil
+}
+
+// meta is what Adopt needs to know; it is kept, as JSON, in a pinned map.
+type meta struct {
+	Layout   int
+	Identity [16]byte
+	Targets  []Target
+	Ring     int
+}
+
+const metaSize = 64 << 10
+
+func newMetaMap(m meta) (*ebpf.Map, error) {
+	text, err := json.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	if len(text) >= metaSize {
+		return nil, fmt.Errorf("the tap's description has %d bytes: at most %d: %w", len(text), metaSize-1, ErrConfig)
+	}
+	em, err := ebpf.NewMap(&ebpf.MapSpec{Name: "meta", Type: ebpf.Array, KeySize: 4, ValueSize: metaSize, MaxEntries: 1})
+	if err != nil {
+		return nil, err
+	}
+	value := make([]byte, metaSize)
+	copy(value, text)
+	if err := em.Put(uint32(0), value); err != nil {
+		em.Close()
+		return nil, err
+	}
+	return em, nil
+}
+
+func (p pins) meta() (meta, error) {
+	em, err := ebpf.LoadPinnedMap(p.path("meta"), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return meta{}, ErrNoPins
+	}
+	if err != nil {
+		return meta{}, err
+	}
+	defer em.Close()
+	value, err := em.LookupBytes(uint32(0))
+	if err != nil {
+		return meta{}, err
+	}
+	var m meta
+	end := 0
+	for end < len(value) && value[end] != 0 {
+		end++
+	}
+	if err := json.Unmarshal(value[:end], &m); err != nil {
+		return meta{}, fmt.Errorf("%s: %w: %w", p.dir, ErrLayout, err)
+	}
+	if m.Layout != layout {
+		return m, fmt.Errorf("%s has layout %d, this build %d: %w", p.dir, m.Layout, layout, ErrLayout)
+	}
+	return m, nil
+}
+
+// Pin is one tap found pinned, whoever started it.
+type Pin struct {
+	Instance, Group string
+	Targets         []Target
+	Err             error // why its description cannot be read
+}
+
+// Pinned lists every tap pinned on this machine.
+func Pinned() ([]Pin, error) {
+	dirs, err := filepath.Glob(filepath.Join(bpffs, "tidemark", "*", "*"))
+	if err != nil {
+		return nil, err
+	}
+	var out []Pin
+	for _, d := range dirs {
+		m, err := pins{d}.meta()
+		out = append(out, Pin{Instance: filepath.Base(filepath.Dir(d)), Group: filepath.Base(d), Targets: m.Targets, Err: err})
+	}
+	return out, nil
+}
+
+// Discard removes a pinned tap without adopting it. What its ring still holds is lost.
+func Discard(instance, group string) error {
+	p, err := pinsOf(instance, group)
+	if err != nil {
+		return err
+	}
+	return p.remove()
+}
