@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -18,7 +17,6 @@ import (
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/rlimit"
-	"golang.org/x/sys/unix"
 )
 
 // probes say why a feature is not there; nil means that it is.
@@ -30,19 +28,26 @@ var probes = map[string]func() error{
 		return nil
 	},
 	"tap":   probeTap,
-	"loop":  probeLoop,
+	"loop":  func() error { return access("/dev/loop-control") },
 	"fuse":  func() error { return access("/dev/fuse") },
 	"ext4":  tool("mkfs.ext4"),
 	"xfs":   tool("mkfs.xfs"),
 	"btrfs": tool("mkfs.btrfs"),
 	"fio":   tool("fio"),
+
+	"sqlite3":    tool("sqlite3"),
+	"nbdclients": tool("nbdinfo", "nbdcopy", "qemu-img", "qemu-io"),
+	"vm":         tool("qemu-system-x86_64"),
+	"dm":         func() error { return access("/dev/mapper/control") },
+	"ublk":       func() error { return access("/dev/ublk-control") },
+	"cuse":       func() error { return access("/dev/cuse") },
 }
 
 var probed sync.Map
 
 // Need skips the test where the machine lacks a feature, saying why; where
 // TIDEMARK_REQUIRE names the feature it fails instead. TIDEMARK_SKIPS names a
-// file that collects what was skipped.
+// file that collects what was skipped, a line "feature: reason: test" each.
 func Need(t testing.TB, wanted ...string) {
 	t.Helper()
 	for _, f := range wanted {
@@ -79,7 +84,8 @@ func record(t testing.TB, feature string, why error) {
 		return
 	}
 	defer f.Close()
-	fmt.Fprintf(f, "%s: %s: %v\n", t.Name(), feature, why)
+	reason := strings.Join(strings.Fields(why.Error()), " ") // one line
+	fmt.Fprintf(f, "%s: %s: %s\n", feature, reason, t.Name())
 }
 
 func access(path string) error {
@@ -90,18 +96,16 @@ func access(path string) error {
 	return f.Close()
 }
 
-func tool(name string) func() error {
+// tool gives a probe for programs that must be in PATH.
+func tool(names ...string) func() error {
 	return func() error {
-		_, err := exec.LookPath(name)
-		return err
+		var errs []error
+		for _, name := range names {
+			_, err := exec.LookPath(name)
+			errs = append(errs, err)
+		}
+		return errors.Join(errs...)
 	}
-}
-
-func probeLoop() error {
-	if err := access("/dev/loop-control"); err != nil {
-		return err
-	}
-	return tool("losetup")()
 }
 
 func probeTap() error {
@@ -121,61 +125,6 @@ func probeTap() error {
 	return p.Close()
 }
 
-// Disk is a loop device over a sparse file.
-type Disk struct {
-	Path string // /dev/loopN
-	File string
-	Size int64
-}
-
-// prefix marks our backing files; the owner's process id follows it.
-const prefix = "tidemark-test-"
-
-var sweep sync.Once
-
-// NewDisk gives a loop device of a size in bytes, detached when the test ends.
-// Devices that a killed test run left behind are detached first.
-func NewDisk(t testing.TB, size int64) *Disk {
-	t.Helper()
-	Need(t, "root", "loop")
-	sweep.Do(func() { sweepLeftovers(t) })
-	dir := t.TempDir()
-	if st, err := os.Stat("/dev/shm"); err == nil && st.IsDir() {
-		var err error
-		if dir, err = os.MkdirTemp("/dev/shm", fmt.Sprintf("%s%d-", prefix, os.Getpid())); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { os.RemoveAll(dir) })
-	}
-	d := &Disk{File: filepath.Join(dir, "disk"), Size: size}
-	f, err := os.Create(d.File)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(f.Truncate(size), f.Close()); err != nil {
-		t.Fatal(err)
-	}
-	d.Path = strings.TrimSpace(Run(t, "losetup", "-P", "--show", "-f", d.File))
-	t.Cleanup(func() { Run(t, "losetup", "-d", d.Path) })
-	return d
-}
-
-func sweepLeftovers(t testing.TB) {
-	dirs, _ := filepath.Glob("/dev/shm/" + prefix + "*")
-	for _, dir := range dirs {
-		var pid int
-		if _, err := fmt.Sscanf(filepath.Base(dir), prefix+"%d-", &pid); err != nil || unix.Kill(pid, 0) == nil {
-			continue
-		}
-		out := Run(t, "losetup", "-n", "-O", "NAME", "-j", filepath.Join(dir, "disk"))
-		for _, dev := range strings.Fields(out) {
-			_ = exec.Command("umount", "-A", dev).Run() // often not mounted
-			Run(t, "losetup", "-d", dev)
-		}
-		os.RemoveAll(dir)
-	}
-}
-
 // Run runs a command and gives its standard output; a failure ends the test.
 func Run(t testing.TB, name string, args ...string) string {
 	t.Helper()
@@ -187,33 +136,4 @@ func Run(t testing.TB, name string, args ...string) string {
 		t.Fatalf("%s %s: %v\n%s%s", name, strings.Join(args, " "), err, out, stderr.String())
 	}
 	return string(out)
-}
-
-// Mkfs makes a file system on a device.
-func Mkfs(t testing.TB, dev, fstype string) {
-	t.Helper()
-	Need(t, fstype)
-	args := map[string][]string{"ext4": {"-q", "-F"}, "xfs": {"-q", "-f"}, "btrfs": {"-q", "-f"}}[fstype]
-	Run(t, "mkfs."+fstype, append(args, dev)...)
-}
-
-// Mount mounts a device until the test ends, and gives the folder.
-func Mount(t testing.TB, dev string, options ...string) string {
-	t.Helper()
-	dir := t.TempDir()
-	args := []string{dev, dir}
-	if len(options) > 0 {
-		args = append([]string{"-o", strings.Join(options, ",")}, args...)
-	}
-	Run(t, "mount", args...)
-	t.Cleanup(func() { Unmount(t, dir) })
-	return dir
-}
-
-// Unmount unmounts a folder; one that is not mounted is left as it is.
-func Unmount(t testing.TB, dir string) {
-	t.Helper()
-	if err := unix.Unmount(dir, 0); err != nil && !errors.Is(err, unix.EINVAL) {
-		t.Errorf("umount %s: %v", dir, err)
-	}
 }

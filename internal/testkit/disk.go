@@ -1,0 +1,160 @@
+package testkit
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"tidemark/internal/loop"
+)
+
+// Disk is a loop device over a sparse file.
+type Disk struct {
+	Path string // /dev/loopN
+	File string // in memory where /dev/shm is there
+	Size int64  // bytes
+}
+
+// prefix marks our folders of backing files; the owner's process id follows it.
+const prefix = "tidemark-test-"
+
+var sweep sync.Once
+
+// NewDisk gives a loop device of a size in bytes, with partition scanning,
+// detached when the test ends. Devices that a killed test run left behind are
+// unmounted and detached first.
+func NewDisk(t testing.TB, size int64) *Disk {
+	t.Helper()
+	Need(t, "root", "loop")
+	sweep.Do(func() { sweepLeftovers(t) })
+	d := &Disk{File: filepath.Join(memoryDir(t), "disk"), Size: size}
+	f, err := os.Create(d.File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Truncate(size), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := loop.Attach(d.File, loop.Options{PartScan: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Path = dev.Path
+	if err := dev.Close(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { detachOurs(t, d.Path) })
+	return d
+}
+
+// memoryDir is a folder that carries our name and process id, on tmpfs where there is one.
+func memoryDir(t testing.TB) string {
+	parent := "/dev/shm"
+	if st, err := os.Stat(parent); err != nil || !st.IsDir() {
+		parent = os.TempDir()
+	}
+	dir, err := os.MkdirTemp(parent, fmt.Sprintf("%s%d-", prefix, os.Getpid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// detachOurs detaches a device unless its number has gone to somebody else meanwhile.
+func detachOurs(t testing.TB, path string) {
+	info, err := loop.Status(path)
+	if errors.Is(err, loop.ErrNotAttached) || errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	if owner(info.Backing) != os.Getpid() {
+		return
+	}
+	if err := loop.Detach(path); err != nil {
+		t.Error(err)
+	}
+}
+
+// owner is the process id in the path of one of our backing files, or 0.
+func owner(path string) int {
+	var pid int
+	for part := range strings.SplitSeq(path, "/") {
+		if n, err := fmt.Sscanf(part, prefix+"%d-", &pid); n == 1 && err == nil {
+			return pid
+		}
+	}
+	return 0
+}
+
+func orphaned(path string) bool {
+	pid := owner(path)
+	return pid != 0 && errors.Is(unix.Kill(pid, 0), unix.ESRCH)
+}
+
+// sweepLeftovers clears what test processes that no longer live have left.
+func sweepLeftovers(t testing.TB) {
+	devices, err := loop.List()
+	if err != nil {
+		t.Logf("looking for leftovers: %v", err)
+	}
+	for _, d := range devices {
+		if !orphaned(d.Backing) {
+			continue
+		}
+		parts, _ := filepath.Glob(d.Path + "p[0-9]*")
+		for _, p := range append(parts, d.Path) {
+			_ = exec.Command("umount", "-A", p).Run() // mostly not mounted
+		}
+		if err := loop.Detach(d.Path); err != nil {
+			t.Logf("left by a test run that was killed: %v", err)
+		}
+	}
+	for _, parent := range []string{"/dev/shm/", os.TempDir() + "/"} {
+		dirs, _ := filepath.Glob(parent + prefix + "*")
+		for _, dir := range dirs {
+			if orphaned(dir) {
+				os.RemoveAll(dir)
+			}
+		}
+	}
+}
+
+// Mkfs makes a file system on a device.
+func Mkfs(t testing.TB, dev, fstype string, extra ...string) {
+	t.Helper()
+	Need(t, fstype)
+	args := map[string][]string{"ext4": {"-q", "-F"}, "xfs": {"-q", "-f"}, "btrfs": {"-q", "-f"}}[fstype]
+	Run(t, "mkfs."+fstype, append(append(args, extra...), dev)...)
+}
+
+// Mount mounts a device until the test ends, and gives the folder.
+func Mount(t testing.TB, dev string, options ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	args := []string{dev, dir}
+	if len(options) > 0 {
+		args = append([]string{"-o", strings.Join(options, ",")}, args...)
+	}
+	Run(t, "mount", args...)
+	t.Cleanup(func() { Unmount(t, dir) })
+	return dir
+}
+
+// Unmount unmounts a folder; one that is not mounted is left as it is.
+func Unmount(t testing.TB, dir string) {
+	t.Helper()
+	if err := unix.Unmount(dir, 0); err != nil && !errors.Is(err, unix.EINVAL) {
+		t.Errorf("umount %s: %v", dir, err)
+	}
+}
