@@ -1,0 +1,193 @@
+package segment
+
+import (
+	"bytes"
+	"flag"
+	"math/rand/v2"
+	"os"
+	"testing"
+
+	"tidemark/internal/block"
+	"tidemark/internal/stream"
+)
+
+var update = flag.Bool("update", false, "write the golden file anew")
+
+func sample(seed uint64, n int) []stream.Record {
+	r := rand.New(rand.NewPCG(seed, 1))
+	out := []stream.Record{{Kind: stream.KindGap, Position: 1, Cause: stream.CauseInitial, Time: 10, Ranges: []block.DiskRange{{Disk: 0, Range: block.Range{Len: 1 << 20}}, {Disk: 1, Range: block.Range{Len: 4096}}}}}
+	pos := stream.Position(1)
+	for range n {
+		pos++
+		size := int64(512 * (1 + r.IntN(min(400, 2*n))))
+		p := make([]byte, size)
+		for i := range p {
+			p[i] = byte(r.IntN(4))
+		}
+		rg := block.Range{Off: 512 * r.Int64N(1000), Len: size}
+		switch r.IntN(6) {
+		case 0:
+			out = append(out, stream.Record{Kind: stream.KindWrite, Op: block.OpZeroes, Position: pos, Time: int64(pos), Range: rg})
+		case 1:
+			out = append(out, stream.Record{Kind: stream.KindBookmark, Position: pos, Time: int64(pos), Name: "bookmark", Consistency: stream.Filesystem})
+		case 2:
+			pos--
+			out = append(out, stream.Record{Kind: stream.KindFill, Fill: stream.FillData, Position: pos, ValidFrom: pos, Range: rg, Payload: p})
+		default:
+			out = append(out, stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: pos, Time: int64(pos), Range: rg, Payload: p})
+		}
+	}
+	return append(out, stream.Record{Kind: stream.KindSettled, Position: pos, Time: int64(pos)})
+}
+
+func build(t testing.TB, records []stream.Record) []byte {
+	t.Helper()
+	b := NewBuilder(1 << 20)
+	for i := range records {
+		if err := b.Append(&records[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h := Header{Group: "g", GroupID: [16]byte{1}, Sequence: 3, Previous: Digest{9}, Disks: []Disk{{Name: "a", Size: 1 << 20, SectorSize: 512, BlockSize: 4096}, {Name: "b", Size: 4096, SectorSize: 512, BlockSize: 4096}}}
+	s, err := b.Seal(h, State{Last: 70, Settled: 60, Time: 99, Source: Source{Ring: [16]byte{7}, Place: 1 << 40, Drops: 5}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	if n, err := s.WriteTo(&out); err != nil || n != s.Summary.Size {
+		t.Fatalf("wrote %d of %d bytes, %v", n, s.Summary.Size, err)
+	}
+	return out.Bytes()
+}
+
+func open(b []byte) (*Segment, error) { return Open(bytes.NewReader(b), int64(len(b))) }
+
+func TestRoundTrip(t *testing.T) {
+	want := sample(1, 200)
+	s, err := open(build(t, want))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Len() != len(want) || s.Summary().Settled != 60 || s.Header().Group != "g" || s.Summary().First != 1 {
+		t.Fatalf("%d records, %+v", s.Len(), s.Summary())
+	}
+	for i := range want {
+		e := s.Entry(i)
+		if e.HasPayload() {
+			got := make([]byte, e.Range.Len)
+			if err := s.ReadPayload(&e, 0, got); err != nil || !bytes.Equal(got, want[i].Payload) {
+				t.Fatalf("record %d: payload differs, %v", i, err)
+			}
+			part := make([]byte, 100)
+			if err := s.ReadPayload(&e, 300, part); err != nil || !bytes.Equal(part, want[i].Payload[300:400]) {
+				t.Fatalf("record %d: part differs, %v", i, err)
+			}
+		}
+		if e.Kind != want[i].Kind || e.Position != want[i].Position || e.Range != want[i].Range || e.Name != want[i].Name || len(e.Ranges) != len(want[i].Ranges) || e.Consistency != want[i].Consistency {
+			t.Fatalf("record %d: got %+v, want %+v", i, e.Record, want[i])
+		}
+	}
+}
+
+// TestSealTwice: a seal that the spool refuses is done again with more records.
+func TestSealTwice(t *testing.T) {
+	records := sample(2, 40)
+	b := NewBuilder(1 << 20)
+	for i := range records {
+		if err := b.Append(&records[i]); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.Seal(Header{Sequence: 3}, State{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	whole := build(t, records)
+	h := Header{Group: "g", GroupID: [16]byte{1}, Sequence: 3, Previous: Digest{9}, Disks: []Disk{{Name: "a", Size: 1 << 20, SectorSize: 512, BlockSize: 4096}, {Name: "b", Size: 4096, SectorSize: 512, BlockSize: 4096}}}
+	s, err := b.Seal(h, State{Last: 70, Settled: 60, Time: 99, Source: Source{Ring: [16]byte{7}, Place: 1 << 40, Drops: 5}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	_, _ = s.WriteTo(&out)
+	if !bytes.Equal(out.Bytes(), whole) {
+		t.Error("sealing in between changed the segment")
+	}
+}
+
+// TestEveryFlip: no changed bit goes unseen.
+func TestEveryFlip(t *testing.T) {
+	b := build(t, sample(3, 4))
+	for i := range b {
+		b[i] ^= 1 << (i % 8)
+		s, err := open(b)
+		if err == nil {
+			s.Check(func(_, _ uint64, e error) { err = e })
+		}
+		if err == nil {
+			t.Fatalf("a flipped bit in byte %d of %d was not seen", i, len(b))
+		}
+		b[i] ^= 1 << (i % 8)
+	}
+	for n := range b {
+		if _, err := open(b[:n]); err == nil {
+			t.Fatalf("the first %d of %d bytes pass for a segment", n, len(b))
+		}
+	}
+}
+
+func TestGolden(t *testing.T) {
+	const path = "testdata/v1.seg"
+	got := build(t, sample(4, 12))
+	if *update {
+		if err := os.WriteFile(path, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := open(want); err != nil {
+		t.Fatalf("the golden file of version 1 cannot be read: %v", err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Error("the format has changed: it needs a new version")
+	}
+}
+
+func FuzzOpen(f *testing.F) {
+	f.Add(build(f, sample(5, 3)))
+	f.Add(build(f, nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		s, err := open(b)
+		if err != nil {
+			return
+		}
+		s.Check(func(_, _ uint64, _ error) {})
+		for i := range s.Len() {
+			e := s.Entry(i)
+			if e.HasPayload() && e.Range.Len > 0 {
+				_ = s.ReadPayload(&e, 0, make([]byte, 1))
+			}
+		}
+	})
+}
+
+func BenchmarkAppend(b *testing.B) {
+	p := make([]byte, 4096)
+	for i := range p {
+		p[i] = byte(rand.IntN(256))
+	}
+	bd := NewBuilder(8 << 20)
+	rec := stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: 1, Range: block.Range{Len: 4096}, Payload: p}
+	b.SetBytes(4096)
+	b.ReportAllocs()
+	for b.Loop() {
+		if bd.Size() > 8<<20 {
+			bd.Reset()
+		}
+		if err := bd.Append(&rec); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
