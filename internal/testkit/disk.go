@@ -1,6 +1,7 @@
 package testkit
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -156,5 +158,31 @@ func Unmount(t testing.TB, dir string) {
 	t.Helper()
 	if err := unix.Unmount(dir, 0); err != nil && !errors.Is(err, unix.EINVAL) {
 		t.Errorf("umount %s: %v", dir, err)
+	}
+}
+
+// OnePartition writes a partition table (MBR) with one partition, from 1 MiB
+// to the end, and waits for its node, which is d.Path + "p1".
+func OnePartition(t testing.TB, d *Disk) {
+	t.Helper()
+	const first = 2048
+	mbr := make([]byte, 512)
+	mbr[446+4] = 0x83 // Linux
+	binary.LittleEndian.PutUint32(mbr[446+8:], first)
+	binary.LittleEndian.PutUint32(mbr[446+12:], uint32(d.Size/512-first))
+	mbr[510], mbr[511] = 0x55, 0xaa
+	f, err := os.OpenFile(d.Path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	_, err = f.WriteAt(mbr, 0)
+	if err := errors.Join(err, f.Sync()); err != nil {
+		t.Fatal(err)
+	}
+	// The kernel may know no partition tables; it takes partitions from us all the same.
+	Run(t, "partx", "--update", "--nr", "1", d.Path)
+	if err := loop.WaitNode(d.Path+"p1", 5*time.Second); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -52,7 +52,7 @@ var layer = map[string][]string{
 	"internal/spool":    {"internal/block", "internal/health", "internal/segment", "internal/stream"},
 	"internal/vault":    {"internal/block", "internal/health", "internal/segment", "internal/stream"},
 	"internal/timeline": {"internal/block", "internal/segment", "internal/stream", "internal/vault"},
-	"internal/restore":  {"internal/block", "internal/disk", "internal/stream", "internal/timeline"},
+	"internal/restore":  {"internal/block", "internal/loop"},
 
 	// Served devices.
 	"internal/diff":           {"internal/block"},
