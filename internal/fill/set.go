@@ -3,121 +3,162 @@ package fill
 import (
 	"slices"
 	"sort"
-
-	"tidemark/internal/block"
 )
 
-// span is a run of unknown bytes with the place before which its last drop lies.
-type span struct {
+// piece is a run of unknown blocks that share one fate. Offsets are bytes, at
+// block boundaries or the disk's end.
+type piece struct {
 	off, end int64
-	drop     Place
+	last     Place  // no write before it, but possibly every one after it, is known to be captured
+	scan     uint64 // scans delivered when last was set: one more must come before a read
+	owner    ID     // the job or captured write that will close it; 0: nobody yet
 }
 
-// set is a sorted list of spans that do not overlap; neighbours that touch have
-// different drops.
+// node is a run of neighbouring pieces, never empty.
+type node struct {
+	first  int64 // off of the first piece
+	idle   Place // least last among the pieces without owner; Held where there is none below it
+	pieces []piece
+}
+
+const (
+	nodeMax = 256 // pieces of a node; a fuller one is cut into halves
+	nodeMin = 32  // neighbours that have less than this together are joined
+)
+
+// set is the unknown pieces of one disk, sorted, without overlap: two levels of
+// slices, so that a million pieces stay compact and an edit moves a few KiB.
 type set struct {
-	spans []span
+	nodes []node
+	bytes int64
+	count int
+	mid   []piece // scratch of splice
 }
 
-// search is the index of the first span that ends after off.
-func (s *set) search(off int64) int {
-	return sort.Search(len(s.spans), func(i int) bool { return s.spans[i].end > off })
+// find gives the node and index of the first piece that ends after off.
+// Past the last piece the node is len(s.nodes).
+func (s *set) find(off int64) (int, int) {
+	i := sort.Search(len(s.nodes), func(i int) bool { return s.nodes[i].first > off }) - 1
+	if i < 0 {
+		return 0, 0
+	}
+	p := s.nodes[i].pieces
+	j := sort.Search(len(p), func(j int) bool { return p[j].end > off })
+	if j == len(p) {
+		return i + 1, 0
+	}
+	return i, j
 }
 
-// replace puts with in place of whatever overlaps r, keeping what sticks out.
-func (s *set) replace(r block.Range, with ...span) {
-	i := s.search(r.Off)
-	j := i
-	for j < len(s.spans) && s.spans[j].off < r.End() {
-		j++
-	}
-	var parts []span
-	if i < j && s.spans[i].off < r.Off {
-		parts = append(parts, span{s.spans[i].off, r.Off, s.spans[i].drop})
-	}
-	parts = append(parts, with...)
-	if i < j && s.spans[j-1].end > r.End() {
-		parts = append(parts, span{r.End(), s.spans[j-1].end, s.spans[j-1].drop})
-	}
-	if i > 0 { // so that neighbours can be joined
-		i--
-		parts = append([]span{s.spans[i]}, parts...)
-	}
-	if j < len(s.spans) {
-		parts = append(parts, s.spans[j])
-		j++
-	}
-	joined := parts[:0]
-	for _, p := range parts {
-		if n := len(joined); n > 0 && joined[n-1].end == p.off && joined[n-1].drop == p.drop {
-			joined[n-1].end = p.end
-			continue
+// each calls fn with every piece in [a, b), cut to it, until fn returns false. fn must not edit the set.
+func (s *set) each(a, b int64, fn func(p piece) bool) {
+	i, j := s.find(a)
+	for ; i < len(s.nodes); i, j = i+1, 0 {
+		for _, p := range s.nodes[i].pieces[j:] {
+			if p.off >= b {
+				return
+			}
+			p.off, p.end = max(p.off, a), min(p.end, b)
+			if !fn(p) {
+				return
+			}
 		}
-		joined = append(joined, p)
 	}
-	s.spans = slices.Replace(s.spans, i, j, joined...)
 }
 
-// add makes r unknown with at least this drop.
-func (s *set) add(r block.Range, drop Place) {
-	if r.Empty() {
+// splice replaces all that is in [a, b) by the pieces of with, which are sorted and lie in it.
+func (s *set) splice(a, b int64, with []piece) {
+	i, _ := s.find(a)
+	if i > 0 && i == len(s.nodes) {
+		i-- // past the last piece: add to the last node
+	}
+	s.mid = s.mid[:0]
+	k, placed := i, false
+	for ; k < len(s.nodes); k++ {
+		n := &s.nodes[k]
+		if n.first >= b && k > i {
+			break
+		}
+		for _, p := range n.pieces {
+			s.bytes -= p.end - p.off
+			s.count--
+			if p.off < a {
+				s.push(piece{p.off, min(p.end, a), p.last, p.scan, p.owner})
+			}
+			if p.end > b {
+				s.place(with, &placed)
+				s.push(piece{max(p.off, b), p.end, p.last, p.scan, p.owner})
+			}
+		}
+	}
+	s.place(with, &placed)
+	s.rebuild(i, k)
+}
+
+func (s *set) place(with []piece, placed *bool) {
+	if *placed {
 		return
 	}
-	s.replace(r, s.over(r, func(p Place) Place { return max(p, drop) }, drop)...)
+	*placed = true
+	for _, p := range with {
+		s.push(p)
+	}
 }
 
-// over gives r as spans: f of the drop where something is unknown already, otherwise fresh.
-func (s *set) over(r block.Range, f func(Place) Place, fresh Place) []span {
-	var out []span
-	at := r.Off
-	for _, p := range s.within(r) {
-		if p.off > at {
-			out = append(out, span{at, p.off, fresh})
+// push appends to the scratch, joining neighbours that share their fate.
+func (s *set) push(p piece) {
+	s.bytes += p.end - p.off
+	if n := len(s.mid); n > 0 {
+		if q := &s.mid[n-1]; q.end == p.off && q.last == p.last && q.scan == p.scan && q.owner == p.owner {
+			q.end = p.end
+			return
 		}
-		out = append(out, span{p.off, p.end, f(p.drop)})
-		at = p.end
 	}
-	if at < r.End() {
-		out = append(out, span{at, r.End(), fresh})
-	}
-	return out
+	s.count++
+	s.mid = append(s.mid, p)
 }
 
-// within gives copies of the spans inside r, cut to it.
-func (s *set) within(r block.Range) []span {
-	var out []span
-	for i := s.search(r.Off); i < len(s.spans) && s.spans[i].off < r.End(); i++ {
-		p := s.spans[i]
-		out = append(out, span{max(p.off, r.Off), min(p.end, r.End()), p.drop})
+// rebuild makes the scratch the content of nodes i to k-1.
+func (s *set) rebuild(i, k int) {
+	if k-i == 1 && len(s.mid) > 0 && len(s.mid) <= nodeMax { // the common case
+		n := &s.nodes[i]
+		n.pieces = append(n.pieces[:0], s.mid...)
+		n.weigh()
+		s.join(i)
+		return
 	}
-	return out
-}
-
-// setDrop changes the drop of what is unknown in r.
-func (s *set) setDrop(r block.Range, drop Place) {
-	for _, p := range s.within(r) {
-		s.replace(block.Range{Off: p.off, Len: p.end - p.off}, span{p.off, p.end, drop})
-	}
-}
-
-// take makes known, and returns, the parts of r whose last drop lies at or before low.
-func (s *set) take(r block.Range, low Place) []block.Range {
-	var out []block.Range
-	for _, p := range s.within(r) {
-		if p.drop > low {
-			continue
+	var fresh []node
+	for left := s.mid; len(left) > 0; {
+		size := len(left)
+		if size > nodeMax {
+			size = nodeMax / 2
 		}
-		cut := block.Range{Off: p.off, Len: p.end - p.off}
-		s.replace(cut)
-		out = append(out, cut)
+		n := node{pieces: slices.Clone(left[:size])}
+		n.weigh()
+		fresh = append(fresh, n)
+		left = left[size:]
 	}
-	return out
+	s.nodes = slices.Replace(s.nodes, i, k, fresh...)
+	s.join(i)
 }
 
-func (s *set) bytes() int64 {
-	var n int64
-	for _, p := range s.spans {
-		n += p.end - p.off
+// join makes one node of i and the next where both are small, so that holes do
+// not leave the set in crumbs.
+func (s *set) join(i int) {
+	if i+1 >= len(s.nodes) || len(s.nodes[i].pieces)+len(s.nodes[i+1].pieces) > nodeMin {
+		return
 	}
-	return n
+	n := &s.nodes[i]
+	n.pieces = append(n.pieces, s.nodes[i+1].pieces...)
+	n.weigh()
+	s.nodes = slices.Delete(s.nodes, i+1, i+2)
+}
+
+func (n *node) weigh() {
+	n.first, n.idle = n.pieces[0].off, Held
+	for _, p := range n.pieces {
+		if p.owner == 0 {
+			n.idle = min(n.idle, p.last)
+		}
+	}
 }
