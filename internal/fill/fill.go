@@ -39,12 +39,12 @@ type Place uint64
 // Held as lastDrop keeps ranges from being filled until Cleared names them.
 const Held Place = math.MaxUint64
 
-// Bounds. Beyond them captured writes no longer close blocks by themselves, and
-// the sweep reads those blocks instead.
-const (
-	piecesMax = 1 << 19
-	knownMax  = 1 << 16
-)
+// bounds keep the Engine's memory small whatever happens. At pieces and known
+// captured writes no longer close blocks by themselves: the sweep reads those
+// blocks instead. At marks the reader's progress is kept more coarsely.
+type bounds struct{ marks, pieces, known int }
+
+var usual = bounds{marks: 512, pieces: 1 << 19, known: 1 << 16}
 
 // Disk is one disk of the group: its size and the size of its blocks (a power of two), in bytes.
 type Disk struct{ Size, BlockSize int64 }
@@ -90,10 +90,11 @@ type Engine struct {
 	version uint64 // counts what can make a block eligible
 	turn    int
 
-	marks []mark // reader's progress, thinned; see reader.go
-	rank  mark   // newest one that low has passed
-	low   Place
-	scans uint64
+	marks   []mark // reader's progress, thinned; see reader.go
+	rank    mark   // newest one that low has passed
+	spacing Place  // least distance between marks but the newest
+	low     Place
+	scans   uint64
 
 	lastID  ID
 	jobs    map[ID]*job
@@ -104,6 +105,7 @@ type Engine struct {
 	unfixed bool            // the newest gap's own position is not known yet
 	from    stream.Position // largest ValidFrom and gap position since then
 
+	max     bounds
 	out     []Result
 	scratch []piece
 	fault   fault
@@ -111,7 +113,7 @@ type Engine struct {
 
 // New makes an Engine in which everything is known.
 func New(disks []Disk) *Engine {
-	e := &Engine{jobs: map[ID]*job{}, version: 1}
+	e := &Engine{jobs: map[ID]*job{}, version: 1, max: usual}
 	for _, d := range disks {
 		e.disks = append(e.disks, diskState{Disk: d})
 	}
@@ -127,7 +129,7 @@ func (e *Engine) Open(ranges []block.DiskRange, lastDrop Place) {
 	e.open, e.unfixed = true, true
 	e.version++
 	for _, r := range ranges {
-		if d, a, b := e.bounds(r); a < b {
+		if d, a, b := e.outward(r); a < b {
 			e.reopen(d, a, b, lastDrop)
 		}
 	}
@@ -158,7 +160,7 @@ func (e *Engine) reopen(d *diskState, a, b int64, lastDrop Place) {
 func (e *Engine) Cleared(ranges []block.DiskRange, place Place) {
 	e.version++
 	for _, r := range ranges {
-		d, a, b := e.bounds(r)
+		d, a, b := e.outward(r)
 		if a >= b {
 			continue
 		}
@@ -174,7 +176,7 @@ func (e *Engine) Cleared(ranges []block.DiskRange, place Place) {
 	}
 }
 
-func (e *Engine) bounds(r block.DiskRange) (d *diskState, a, b int64) {
+func (e *Engine) outward(r block.DiskRange) (d *diskState, a, b int64) {
 	d = &e.disks[r.Disk]
 	o := r.Outward(d.BlockSize)
 	return d, max(o.Off, 0), min(o.End(), d.Size)

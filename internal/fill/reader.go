@@ -15,9 +15,6 @@ type mark struct {
 	position stream.Position
 }
 
-// marksMax bounds the marks between the low-water mark and the reader.
-const marksMax = 512
-
 // Checkpoint tells how far the reader has come: every ring record before place
 // has its position, and position is the newest one given out, by whatever kind
 // of record. At an equal place the newest call counts.
@@ -35,8 +32,10 @@ func (e *Engine) Checkpoint(place Place, position stream.Position) {
 			return
 		}
 		e.marks[n-1].position = position
+	case n > 1 && place-e.marks[n-2].place < e.spacing:
+		e.marks[n-1] = mark{place, position}
 	default:
-		if n == marksMax {
+		if n == e.max.marks {
 			e.thin()
 		}
 		e.marks = append(e.marks, mark{place, position})
@@ -46,15 +45,19 @@ func (e *Engine) Checkpoint(place Place, position stream.Position) {
 	}
 }
 
-// thin drops every second mark. A rank then lies lower and a ValidFrom higher than it could: both are safe.
+// thin widens the distance between marks so that half of them go, and keeps the
+// first and the newest. A rank then lies lower and a ValidFrom higher than it
+// could: both are safe.
 func (e *Engine) thin() {
-	kept := e.marks[:0]
-	for i, m := range e.marks {
-		if i%2 == 1 || i == len(e.marks)-1 {
+	last := len(e.marks) - 1
+	e.spacing = (e.marks[last].place-e.marks[0].place)/Place(e.max.marks/2) + 1
+	kept := e.marks[:1]
+	for _, m := range e.marks[1:last] {
+		if m.place-kept[len(kept)-1].place >= e.spacing {
 			kept = append(kept, m)
 		}
 	}
-	e.marks = kept
+	e.marks = append(kept, e.marks[last])
 }
 
 // pass makes the newest mark that the low-water mark has passed the rank of
@@ -67,6 +70,9 @@ func (e *Engine) pass() {
 	e.rank = e.marks[i]
 	e.version++
 	e.marks = slices.Delete(e.marks, 0, i)
+	if len(e.marks) <= e.max.marks/4 {
+		e.spacing = 0
+	}
 }
 
 // reader is the newest mark.
@@ -96,7 +102,7 @@ func (e *Engine) Scanned(low Place, dropped []block.DiskRange) {
 	}
 	if e.fault != faultIgnoreDropped {
 		for _, r := range dropped {
-			if d, a, b := e.bounds(r); a < b {
+			if d, a, b := e.outward(r); a < b {
 				d.dropped = append(d.dropped, block.Range{Off: a, Len: b - a})
 			}
 		}
@@ -159,7 +165,7 @@ func (e *Engine) captured(disk int, r block.Range, place Place, position stream.
 		off := (r.Off + d.BlockSize - 1) &^ (d.BlockSize - 1)
 		in = block.Range{Off: off, Len: d.Size - off}
 	}
-	if in.Empty() || d.bytes == 0 || len(e.known) >= knownMax || e.pieces >= piecesMax {
+	if in.Empty() || d.bytes == 0 || len(e.known) >= e.max.known || e.pieces >= e.max.pieces {
 		return
 	}
 	with, found := e.scratch[:0], false

@@ -22,8 +22,8 @@ type node struct {
 }
 
 const (
-	nodeMax = 256 // pieces of a node; a fuller one is cut into halves
-	nodeMin = 32  // neighbours that have less than this together are joined
+	nodeMax = 64 // pieces of a node; a fuller one is cut into halves
+	nodeMin = 16 // neighbours that have less than this together are joined
 )
 
 // set is the unknown pieces of one disk, sorted, without overlap: two levels of

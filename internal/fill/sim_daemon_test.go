@@ -17,6 +17,7 @@ const (
 	ownerScansEarly                 // a scan that began before the bits were cleared
 	ownerProducerLate               // the scan's own place noted after it
 	ownerClearsUndurable            // clear the bits before the gap record is durable
+	ownerTrustsMissed               // take a missed end for a good one
 	ownerEndsOff                    // stop tracking while untracked bios are on their way
 )
 
@@ -67,6 +68,7 @@ type daemon struct {
 	todo      []func()
 	readings  []*reading
 	kept      map[ID]*reading
+	stalled   int
 	lazy      bool // looks at drops during a gap only when it must
 	violation string
 }
@@ -77,6 +79,9 @@ func (d *daemon) start() {
 	d.todo, d.readings, d.kept = nil, nil, map[ID]*reading{}
 	d.e = New(d.k.disks)
 	d.e.fault = d.fault
+	if d.k.rng.IntN(4) == 0 {
+		d.e.max = bounds{marks: 6, pieces: 3, known: 2}
+	}
 	d.next = 0
 	for d.next < len(d.k.ring) && d.k.ring[d.next].place < d.place {
 		d.next++
@@ -113,7 +118,14 @@ func (d *daemon) step() {
 		d.readSome(d.readings[rng.IntN(len(d.readings))])
 		return
 	}
+	if d.stalled > 0 {
+		d.stalled--
+		return
+	}
 	if len(d.todo) > 0 {
+		if rng.IntN(12) == 0 { // the session loses its processor between two steps
+			d.stalled = rng.IntN(40)
+		}
 		next := d.todo[0]
 		d.todo = d.todo[1:]
 		next()

@@ -48,28 +48,29 @@ type ringRecord struct {
 
 // kernel is what outlives the daemon.
 type kernel struct {
-	rng      *rand.Rand
-	now      int
-	disks    []Disk
-	content  [][]int
-	history  [][][]*bio // by disk and sector, in the order of submission
-	ring     []ringRecord
-	producer Place
-	consumer Place
-	ringSize Place
-	drops    uint64
-	bits     [][]bool
-	inflight map[int]*flight
-	mapMax   int
-	ends     bool
-	active   []*bio
-	lastBio  int
-	dropRate float64
-	failRate float64
-	missRate float64
-	quiet    bool // writers have stopped
-	overlap  bool // the same sector may be in flight twice: only settling is checked
-	met      *coverage
+	rng       *rand.Rand
+	now       int
+	disks     []Disk
+	content   [][]int
+	history   [][][]*bio // by disk and sector, in the order of submission
+	ring      []ringRecord
+	producer  Place
+	consumer  Place
+	ringSize  Place
+	drops     uint64
+	bits      [][]bool
+	inflight  map[int]*flight
+	mapMax    int
+	ends      bool
+	active    []*bio
+	lastBio   int
+	dropRate  float64
+	failRate  float64
+	missRate  float64
+	quiet     bool // writers have stopped
+	overlap   bool // the same sector may be in flight twice: only settling is checked
+	missFails bool // the end that is missed may be a failure
+	met       *coverage
 }
 
 func newKernel(rng *rand.Rand) *kernel {
@@ -86,7 +87,7 @@ func newKernel(rng *rand.Rand) *kernel {
 		k.history = append(k.history, make([][]*bio, d.Size))
 		k.bits = append(k.bits, make([]bool, (d.Size+d.BlockSize-1)/d.BlockSize))
 	}
-	k.ringSize = Place(20 + rng.IntN(200))
+	k.ringSize = Place(20 + rng.IntN(200)<<rng.IntN(3))
 	k.dropRate = []float64{0, 0.02, 0.1, 0.4, 0.9}[rng.IntN(5)]
 	k.failRate = []float64{0, 0, 0.05, 0.2}[rng.IntN(4)]
 	k.missRate = []float64{0, 0, 0.05}[rng.IntN(3)]
@@ -132,7 +133,7 @@ func (k *kernel) newBio() *bio {
 	b := &bio{id: k.lastBio, key: key, disk: disk, off: off, n: n, q0: k.now, q1: never, done: never,
 		applied: make([]bool, n), missed: k.rng.Float64() < k.missRate, bioPath: k.rng.IntN(4) == 0, slow: k.rng.IntN(8) == 0}
 	if k.rng.Float64() < k.failRate {
-		b.fail, b.missed = true, false
+		b.fail, b.missed = true, b.missed && k.missFails
 		b.void = k.rng.IntN(2) == 0
 	}
 	for s := off; s < off+n; s++ {

@@ -30,16 +30,20 @@ func play(seed uint64, f fault, o ownerFault, met *coverage) (err error) {
 	}()
 	rng := rand.New(rand.NewPCG(seed, 1))
 	k := newKernel(rng)
-	k.met = met
+	k.met, k.missFails = met, o == ownerTrustsMissed
 	d := &daemon{k: k, fault: f, owner: o, lazy: rng.IntN(2) == 0}
 	d.start()
-	crashes := []int{0, 0, 200, 50}[rng.IntN(4)]
+	crashes := []int{0, 0, 400, 60}[rng.IntN(4)]
 	busy := 1 + rng.IntN(4)
 	depth := 1 + rng.IntN(5)
-	for range 200 + rng.IntN(600) {
+	calm := 0.0
+	for range 200 + rng.IntN(1000) {
 		k.now++
 		if rng.IntN(25) == 0 { // now the one side stalls, now the other
 			busy = 1 + rng.IntN(12)>>rng.IntN(4)
+		}
+		if rng.IntN(120) == 0 { // storm and calm
+			k.dropRate, calm = calm, k.dropRate
 		}
 		switch n := rng.IntN(3 + busy); {
 		case n == 0 && len(k.active) < depth:
@@ -158,11 +162,12 @@ func TestSimulationHasPower(t *testing.T) {
 		{"scan from before the clearing", 0, ownerScansEarly},
 		{"scan's place noted after it", 0, ownerProducerLate},
 		{"bits cleared before the gap is durable", 0, ownerClearsUndurable},
+		{"missed end taken for a good one", 0, ownerTrustsMissed},
 		{"tracking ended too early", 0, ownerEndsOff},
 	} {
 		t.Run(b.name, func(t *testing.T) {
 			t.Parallel()
-			for seed := uint64(1); seed <= 60000; seed++ {
+			for seed := uint64(1); seed <= 200000; seed++ {
 				if err := play(seed, b.fault, b.owner, &coverage{}); err != nil {
 					t.Logf("seed %d: %v", seed, err)
 					return
