@@ -1,0 +1,96 @@
+// Command tidemark protects block devices continuously and gives any of them
+// back as it was at any bookmark or moment. Each verb has a file of its own.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+)
+
+// version is set at link time.
+var version = "devel"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// run executes one command line and returns its exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := newRoot()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitOK
+	}
+	code := exitCode(ctx, err)
+	if jsonAsked(root) {
+		_ = json.NewEncoder(stderr).Encode(map[string]any{"message_type": "exit_error", "code": code, "message": err.Error()})
+	} else {
+		fmt.Fprintf(stderr, "tidemark: %v\n", err)
+	}
+	return code
+}
+
+func newRoot() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "tidemark",
+		Short: "Continuous protection of block devices, without a kernel module",
+		Long: `Tidemark sees every write to the disks it protects, keeps an ordered history of
+them in a vault, and gives any disk back as it was at any bookmark or moment.
+
+A first round trip:
+  tidemark daemon &
+  tidemark protect --vault /backup/vault --wait /dev/sdb
+  tidemark bookmark sdb before-upgrade
+  tidemark points --vault /backup/vault
+  tidemark restore --vault /backup/vault sdb --at before-upgrade --to /dev/sdc`,
+		Version:       version,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return cmd.Help()
+		},
+	}
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usageError{fmt.Errorf("%w\n  See: %s --help", err, cmd.CommandPath())}
+	})
+	root.AddCommand(newDaemon(), newProtect(), newUnprotect(), newStatus(), newBookmark(), newPoints(),
+		newRestore(), newVerify(), newMan())
+	for _, c := range root.Commands() {
+		if c.Args != nil {
+			c.Args = usageArgs(c.Args)
+		}
+	}
+	return root
+}
+
+// usageArgs gives wrong arguments the exit code of wrong usage.
+func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return usageError{fmt.Errorf("%w\n  Usage: %s", err, cmd.UseLine())}
+		}
+		return nil
+	}
+}
+
+func jsonAsked(root *cobra.Command) bool {
+	cmd, _, err := root.Find(os.Args[1:])
+	if err != nil {
+		return false
+	}
+	f := cmd.Flags().Lookup("json")
+	return f != nil && f.Value.String() == "true"
+}

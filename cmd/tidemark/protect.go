@@ -1,0 +1,145 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"tidemark/internal/control/api"
+)
+
+func newProtect() *cobra.Command {
+	var (
+		req                  api.ProtectRequest
+		wait, asJSON         bool
+		ring, segment, spool string
+		rate                 string
+		seal                 time.Duration
+	)
+	cmd := &cobra.Command{
+		Use:   "protect --vault URL DEV...",
+		Short: "Protect live disks as one group",
+		Long: `Taps the disks, mounted or not, keeps every write to them in order, and copies
+what they hold now. Disks of one group share one order: a point of the group is
+one instant over all of them. The vault is made if the folder is absent or empty.
+
+Where the vault already holds a history of the same disks under this name, the
+history goes on: only what differs is copied.`,
+		Example: `  tidemark protect --vault /backup/vault --wait /dev/sdb
+  tidemark protect --vault /backup/vault --name db /dev/vg/data /dev/vg/log`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			for _, size := range []struct {
+				flag, text string
+				into       *int64
+			}{{"ring-size", ring, &req.RingBytes}, {"segment-size", segment, &req.SegmentBytes}, {"spool-size", spool, &req.SpoolBytes}, {"fill-rate", rate, &req.FillRate}} {
+				n, err := parseSize(size.text)
+				if err != nil {
+					return usageError{fmt.Errorf("--%s: %w", size.flag, err)}
+				}
+				*size.into = n
+			}
+			req.SealMillis = seal.Milliseconds()
+			var err error
+			if req.Vault, err = absoluteVault(req.Vault); err != nil {
+				return err
+			}
+			for _, dev := range args {
+				if strings.ContainsRune(dev, '/') {
+					if dev, err = filepath.Abs(dev); err != nil {
+						return err
+					}
+				}
+				req.Devices = append(req.Devices, dev)
+			}
+			client := dial(socketFlagOf(cmd))
+			g, err := client.Protect(cmd.Context(), req)
+			if err != nil {
+				return err
+			}
+			if wait {
+				if g, err = waitProtected(cmd.Context(), client, g.Name, cmd.ErrOrStderr(), asJSON); err != nil {
+					return err
+				}
+			}
+			if asJSON {
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(g)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "Group %s is %s.\n", g.Name, g.State)
+			return nil
+		},
+	}
+	socketFlag(cmd)
+	f := cmd.Flags()
+	f.StringVar(&req.Vault, "vault", "", "where the history is kept: a folder, or a file:// URL")
+	f.StringVar(&req.Name, "name", "", "the group's name (default: the disk's, where there is one disk)")
+	f.BoolVar(&wait, "wait", false, "return when the group is consistent and durable in the vault")
+	f.StringVar(&ring, "ring-size", "", "memory that holds writes until they are stable, a power of two (default 128M)")
+	f.StringVar(&segment, "segment-size", "", "seal a segment when it holds this much (default 8M)")
+	f.DurationVar(&seal, "seal-every", 0, "seal a segment when its first record is this old (default 1s)")
+	f.StringVar(&spool, "spool-size", "", "bound of the local queue in front of the vault (default 4G)")
+	f.StringVar(&rate, "fill-rate", "", "bound on reading the disks while filling, bytes a second (default 400M)")
+	f.StringVar(&req.HookDir, "hook-dir", "", "folder of executables run with freeze and thaw around consistent bookmarks")
+	f.BoolVar(&req.Force, "force", false, "accept shared disks and cluster file systems")
+	f.BoolVar(&req.MetadataOnly, "metadata-only", false, "keep ranges, never payloads, in the capture")
+	f.BoolVar(&asJSON, "json", false, "print JSON")
+	_ = cmd.MarkFlagRequired("vault")
+	_ = f.MarkHidden("metadata-only")
+	return cmd
+}
+
+func socketFlagOf(cmd *cobra.Command) *string {
+	s, _ := cmd.Flags().GetString("socket")
+	return &s
+}
+
+// waitProtected follows a group until its newest position is a point that the vault holds.
+func waitProtected(ctx context.Context, c *api.Client, name string, progress io.Writer, asJSON bool) (api.Group, error) {
+	bar := newProgress(progress, "filling", asJSON)
+	defer bar.Done()
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		g, err := groupStatus(ctx, c, name)
+		if err != nil {
+			return g, err
+		}
+		var size, gap int64
+		for _, d := range g.Disks {
+			size, gap = size+d.SizeBytes, gap+d.GapBytes
+		}
+		bar.Set(size-gap, size)
+		if g.ConsistentSince != 0 && g.DurablePosition >= g.ConsistentSince {
+			return g, nil
+		}
+		for _, c := range g.Conditions {
+			if c.Severity == "error" && g.State == api.Offline {
+				return g, &api.Error{Code: api.CodeRefused, Message: fmt.Sprintf("group %s is offline: %s", name, c.Detail), Remedy: c.Remedy}
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return g, ctx.Err()
+		case <-tick.C:
+		}
+	}
+}
+
+func groupStatus(ctx context.Context, c *api.Client, name string) (api.Group, error) {
+	st, err := c.Status(ctx)
+	if err != nil {
+		return api.Group{}, err
+	}
+	for _, g := range st.Groups {
+		if g.Name == name {
+			return g, nil
+		}
+	}
+	return api.Group{}, &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("no group %q", name), Remedy: "tidemark status lists the groups."}
+}

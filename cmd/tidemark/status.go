@@ -1,0 +1,107 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/jedib0t/go-pretty/v6/table"
+	"github.com/spf13/cobra"
+
+	"tidemark/internal/control/api"
+	"tidemark/internal/health"
+)
+
+func newStatus() *cobra.Command {
+	var asJSON, watch bool
+	cmd := &cobra.Command{
+		Use:     "status [GROUP]",
+		Short:   "Show what is protected, since when, and what is wrong",
+		Example: "  tidemark status --watch\n  tidemark status db --json",
+		Args:    cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			client, out := dial(socketFlagOf(cmd)), cmd.OutOrStdout()
+			for {
+				st, err := client.Status(cmd.Context())
+				if err != nil {
+					return err
+				}
+				if len(args) == 1 {
+					g, err := groupStatus(cmd.Context(), client, args[0])
+					if err != nil {
+						return err
+					}
+					st.Groups = []api.Group{g}
+				}
+				switch {
+				case asJSON:
+					err = json.NewEncoder(out).Encode(st)
+				case watch:
+					fmt.Fprint(out, "\x1b[H\x1b[2J")
+					fallthrough
+				default:
+					printStatus(out, st)
+				}
+				if err != nil || !watch {
+					return err
+				}
+				select {
+				case <-cmd.Context().Done():
+					return nil
+				case <-time.After(time.Second):
+				}
+			}
+		},
+	}
+	socketFlag(cmd)
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON (with --watch: a line a second)")
+	cmd.Flags().BoolVar(&watch, "watch", false, "keep showing it until interrupted")
+	return cmd
+}
+
+func printStatus(out io.Writer, st api.Status) {
+	if len(st.Groups) == 0 {
+		fmt.Fprintln(out, "Nothing is protected. Begin with: tidemark protect --vault DIR DEV")
+	}
+	for _, g := range st.Groups {
+		printGroup(out, g)
+	}
+	printConditions(out, st.Conditions)
+}
+
+func printGroup(out io.Writer, g api.Group) {
+	fmt.Fprintf(out, "%s: %s, %s mode, by %s\n", g.Name, g.State, g.Mode, g.WayIn)
+	fmt.Fprintf(out, "  vault       %s\n", g.Vault)
+	if g.ConsistentSince != 0 {
+		fmt.Fprintf(out, "  consistent  since position %d\n", g.ConsistentSince)
+	} else {
+		fmt.Fprintf(out, "  consistent  not yet: a gap is being filled\n")
+	}
+	fmt.Fprintf(out, "  captured    position %d, durable %d, lag %.1f s\n", g.CapturedPosition, g.DurablePosition, g.LagSeconds)
+	fmt.Fprintf(out, "  queues      ring %s of %s, spool %s\n", formatSize(g.RingUsedBytes), formatSize(g.RingBytes), formatSize(g.SpoolBytes))
+	t := table.NewWriter()
+	t.SetStyle(table.StyleLight)
+	t.AppendHeader(table.Row{"disk", "device", "size", "to fill", "writes", "captured", "identity"})
+	for _, d := range g.Disks {
+		t.AppendRow(table.Row{d.Name, d.Device, formatSize(d.SizeBytes), percent(d.GapBytes, d.SizeBytes), d.Writes, formatSize(int64(d.WrittenBytes)), d.Identity})
+	}
+	fmt.Fprintln(out, t.Render())
+	printConditions(out, g.Conditions)
+}
+
+func printConditions(out io.Writer, conditions []health.Condition) {
+	for _, c := range conditions {
+		fmt.Fprintf(out, "  %s %s: %s\n", c.Severity, c.Code, c.Detail)
+		if c.Remedy != "" {
+			fmt.Fprintf(out, "    %s\n", c.Remedy)
+		}
+	}
+}
+
+func percent(part, whole int64) string {
+	if part == 0 || whole == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%.1f%%", 100*float64(part)/float64(whole))
+}

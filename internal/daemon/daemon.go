@@ -1,0 +1,159 @@
+// Package daemon is the process: it opens what there is, lets the groups work,
+// answers on its socket, and shuts down in order. It wires; the logic is in the
+// packages that it wires.
+package daemon
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
+
+	"tidemark/internal/control/api"
+	"tidemark/internal/health"
+	"tidemark/internal/protect"
+	"tidemark/internal/vault"
+)
+
+// Config is what a daemon is started with.
+type Config struct {
+	StateDir string
+	Socket   string
+	Version  string
+	Log      *slog.Logger
+}
+
+// ErrRunning: another daemon has the state folder or the socket.
+var ErrRunning = errors.New("another daemon is running")
+
+// Run runs the daemon until ctx ends. It shuts down in this order:
+//  1. the socket takes no new requests, and those under way get a moment;
+//  2. the groups stop, each after what its ring holds is durable in the spool;
+//     their taps stay and go on capturing;
+//  3. the socket is removed and the state folder let go.
+func Run(ctx context.Context, cfg Config) error {
+	lock, err := openState(cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	instance, err := instanceID(cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	host, _ := os.Hostname() // only told to people
+	svc := &service{version: cfg.Version, groups: map[string]*protect.Group{}, env: &protect.Env{
+		StateDir: cfg.StateDir, Instance: instance, Log: cfg.Log,
+		Holder: vault.Holder{Host: host, PID: os.Getpid(), Instance: instance, Since: time.Now()},
+	}}
+	svc.checkState()
+	if err := svc.open(); err != nil {
+		return err
+	}
+	defer svc.stop()
+	listener, err := listen(cfg.Socket)
+	if err != nil {
+		return err
+	}
+	server := &http.Server{Handler: api.Handler(svc), ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(cfg.Log.Handler(), slog.LevelWarn)}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	cfg.Log.Info("tidemark is ready", "socket", cfg.Socket, "state", cfg.StateDir, "instance", instance)
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady) // not under systemd: nothing to tell
+	select {
+	case err = <-served:
+	case <-ctx.Done():
+		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+		end, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		if err := server.Shutdown(end); err != nil {
+			server.Close()
+		}
+		err = nil
+	}
+	return err
+}
+
+// openState makes the state folder and takes the right to it.
+func openState(dir string) (*os.File, error) {
+	if err := os.MkdirAll(filepath.Join(dir, "groups"), 0o700); err != nil {
+		return nil, fmt.Errorf("state folder: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("state folder: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("the state folder %s is in use: %w\n  Give this one another --state and --socket.", dir, ErrRunning)
+	}
+	return f, nil
+}
+
+// instanceID names this daemon's pins; it is kept in the state folder.
+func instanceID(dir string) (string, error) {
+	path := filepath.Join(dir, "instance")
+	b, err := os.ReadFile(path)
+	if err == nil {
+		if id := strings.TrimSpace(string(b)); len(id) == 16 && strings.Trim(id, "0123456789abcdef") == "" {
+			return id, nil
+		}
+		return "", fmt.Errorf("%s is damaged: remove it if no tap of this daemon is pinned (tidemark doctor)", path)
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	var raw [8]byte
+	if _, err := rand.Read(raw[:]); err != nil {
+		return "", err
+	}
+	id := hex.EncodeToString(raw[:])
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return "", err
+	}
+	_, err = f.WriteString(id + "\n")
+	return id, errors.Join(err, f.Sync(), f.Close())
+}
+
+// listen replaces a socket that nobody answers on any more.
+func listen(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("socket: %w", err)
+	}
+	if st, err := os.Lstat(path); err == nil {
+		if st.Mode()&fs.ModeSocket == 0 {
+			return nil, fmt.Errorf("%s is there and is no socket: name another with --socket", path)
+		}
+		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+			c.Close()
+			return nil, fmt.Errorf("%s is answered by another daemon: %w", path, ErrRunning)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	old := unix.Umask(0o177)
+	defer unix.Umask(old)
+	return net.Listen("unix", path)
+}
+
+func (s *service) checkState() {
+	var st unix.Statfs_t
+	if unix.Statfs(s.env.StateDir, &st) == nil && st.Type == unix.TMPFS_MAGIC {
+		s.health.Raise(health.Condition{Code: "state-in-memory", Severity: health.Warning, Detail: "The state folder " + s.env.StateDir + " is in memory: groups and what waits for the vault are forgotten by a reboot.",
+			Remedy: "Give a folder on a disk with --state."})
+	}
+}

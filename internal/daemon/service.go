@@ -1,0 +1,195 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"tidemark/internal/control/api"
+	"tidemark/internal/disk"
+	"tidemark/internal/health"
+	"tidemark/internal/protect"
+	"tidemark/internal/segment"
+	"tidemark/internal/stream"
+	"tidemark/internal/tap"
+	"tidemark/internal/vault"
+)
+
+// service is the api.Service: it finds the group and translates errors.
+type service struct {
+	version string
+	env     *protect.Env
+	health  health.Set
+
+	mu     sync.Mutex // held while a group is made or removed
+	groups map[string]*protect.Group
+}
+
+var _ api.Service = (*service)(nil)
+
+// open starts the groups that the state folder knows.
+func (s *service) open() error {
+	entries, err := os.ReadDir(filepath.Join(s.env.StateDir, "groups"))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		g, err := protect.Open(s.env, e.Name())
+		if errors.Is(err, protect.ErrNoGroup) {
+			continue // of a protect that was killed before it was durable
+		}
+		if err != nil {
+			s.health.Raise(health.Condition{Code: "group-unreadable", Severity: health.Error, Subject: e.Name(),
+				Detail: err.Error(), Remedy: "Remove the folder and protect the disks again; the vault goes on with their history."})
+			continue
+		}
+		s.groups[e.Name()] = g
+	}
+	return nil
+}
+
+func (s *service) stop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var all sync.WaitGroup
+	for _, g := range s.groups {
+		all.Go(g.Stop)
+	}
+	all.Wait()
+}
+
+func (s *service) list() []*protect.Group {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []*protect.Group
+	for _, g := range s.groups {
+		out = append(out, g)
+	}
+	slices.SortFunc(out, func(a, b *protect.Group) int {
+		if a.Config().Name < b.Config().Name {
+			return -1
+		}
+		return 1
+	})
+	return out
+}
+
+func (s *service) find(name string) (*protect.Group, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if g, ok := s.groups[name]; ok {
+		return g, nil
+	}
+	return nil, &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("no group %q", name), Remedy: "tidemark status lists the groups."}
+}
+
+func (s *service) Status(ctx context.Context) (api.Status, error) {
+	out := api.Status{Version: s.version, Groups: []api.Group{}, Conditions: s.health.List()}
+	for _, g := range s.list() {
+		out.Groups = append(out.Groups, g.Status(ctx))
+	}
+	return out, nil
+}
+
+func (s *service) Protect(ctx context.Context, r api.ProtectRequest) (api.Group, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var others []*protect.Config
+	for _, g := range s.groups {
+		others = append(others, g.Config())
+	}
+	if _, ok := s.groups[r.Name]; ok {
+		return api.Group{}, &api.Error{Code: api.CodeInUse, Message: fmt.Sprintf("group %s is protected already", r.Name), Remedy: "Give another --name, or unprotect it first."}
+	}
+	g, err := protect.Create(ctx, s.env, protect.Request{Name: r.Name, Vault: r.Vault, Devices: r.Devices, Settings: protect.Settings{
+		RingBytes: int(r.RingBytes), SegmentBytes: int(r.SegmentBytes), SealEvery: time.Duration(r.SealMillis) * time.Millisecond,
+		SpoolBytes: r.SpoolBytes, FillRate: r.FillRate, HookDir: r.HookDir, Metadata: r.MetadataOnly, Force: r.Force,
+	}}, others)
+	if err != nil {
+		return api.Group{}, coded(err)
+	}
+	s.groups[g.Config().Name] = g
+	return g.Status(ctx), nil
+}
+
+func (s *service) Unprotect(ctx context.Context, name string, abandon bool) error {
+	g, err := s.find(name)
+	if err != nil {
+		return err
+	}
+	if err := g.Unprotect(ctx, abandon); err != nil {
+		return coded(err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.groups, name)
+	return nil
+}
+
+func (s *service) Bookmark(ctx context.Context, name string, r api.BookmarkRequest) (api.Bookmark, error) {
+	g, err := s.find(name)
+	if err != nil {
+		return api.Bookmark{}, err
+	}
+	at, err := g.Bookmark(ctx, r.Name, r.Consistency)
+	if err != nil {
+		return api.Bookmark{}, coded(err)
+	}
+	return api.Bookmark{Group: name, Name: r.Name, Position: at.Position, Time: at.Time.UTC(), Consistency: r.Consistency}, nil
+}
+
+func (s *service) VerifyLive(ctx context.Context, name string) ([]api.LiveDisk, error) {
+	g, err := s.find(name)
+	if err != nil {
+		return nil, err
+	}
+	out, err := g.VerifyLive(ctx)
+	return out, coded(err)
+}
+
+// coded gives an error the code that clients branch on: the only place where
+// the packages' sentinels become the API's codes.
+func coded(err error) error {
+	if err == nil {
+		return nil
+	}
+	var held *vault.HeldError
+	if errors.As(err, &held) {
+		return api.Wrap(api.CodeInUse, err, "Stop that daemon, or unprotect the group there.")
+	}
+	for _, c := range []struct {
+		is     error
+		code   api.Code
+		remedy string
+	}{
+		{protect.ErrInsideGap, api.CodeInsideGap, "tidemark status shows how far the gap is filled."},
+		{protect.ErrSettings, api.CodeUsage, ""},
+		{stream.ErrBadPoint, api.CodeUsage, ""},
+		{vault.ErrName, api.CodeUsage, ""},
+		{vault.ErrScheme, api.CodeUsage, ""},
+		{protect.ErrExists, api.CodeInUse, "Give another --name, or unprotect it first."},
+		{protect.ErrInUse, api.CodeInUse, ""},
+		{protect.ErrBookmarkExists, api.CodeInUse, "Choose another name."},
+		{protect.ErrRefused, api.CodeRefused, ""},
+		{protect.ErrOtherDisks, api.CodeRefused, "Give another --name."},
+		{protect.ErrNoFreeze, api.CodeRefused, "Use --consistency crash."},
+		{vault.ErrConflict, api.CodeRefused, ""},
+		{disk.ErrNotFound, api.CodeNotFound, "Name a block device."},
+		{disk.ErrNotBlock, api.CodeRefused, "Name a block device."},
+		{vault.ErrNotVault, api.CodeNotAVault, ""},
+		{segment.ErrDamaged, api.CodeDamaged, "tidemark verify tells what is damaged."},
+		{tap.ErrRingFull, api.CodeUnreachable, "The ring is full; try again when the spool drains, or give more with --ring-size."},
+		{vault.ErrUnreachable, api.CodeUnreachable, ""},
+		{protect.ErrOffline, api.CodeUnreachable, ""},
+	} {
+		if errors.Is(err, c.is) {
+			return api.Wrap(c.code, err, c.remedy)
+		}
+	}
+	return err
+}

@@ -1,0 +1,336 @@
+package protect
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"tidemark/internal/block"
+	"tidemark/internal/disk"
+	"tidemark/internal/fill"
+	"tidemark/internal/health"
+	"tidemark/internal/segment"
+	"tidemark/internal/spool"
+	"tidemark/internal/stream"
+	"tidemark/internal/tap"
+	"tidemark/internal/timeline"
+	"tidemark/internal/vault"
+)
+
+// Env is what a daemon lends its groups.
+type Env struct {
+	StateDir string // groups live in groups/NAME below it
+	Instance string // names the pins that are this daemon's
+	Holder   vault.Holder
+	Log      *slog.Logger
+}
+
+func (e *Env) dir(group string) string { return filepath.Join(e.StateDir, "groups", group) }
+
+// assemble opens everything that a session needs, in this order, and undoes it
+// in reverse where a step fails:
+//
+//  1. the disks, found again by their identity;
+//  2. the vault and the right to write the group's history;
+//  3. the spool;
+//  4. the history: what is in the spool goes to the vault first;
+//  5. the tap: the pinned one if it fits, otherwise a new one and a gap.
+func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *session, err error) {
+	settings, err := cfg.Settings.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	s = &session{cfg: cfg, settings: settings, log: env.Log, health: h, waiters: map[uint64]*waiter{}, names: map[string]bool{},
+		requests: make(chan request), over: make(chan struct{}), builder: segment.NewBuilder(settings.SegmentBytes)}
+	var undo []func() error
+	defer func() {
+		if err != nil {
+			for i := len(undo) - 1; i >= 0; i-- {
+				err = errors.Join(err, undo[i]())
+			}
+			s = nil
+		}
+	}()
+	if s.disks, err = findDisks(cfg); err != nil {
+		return s, err
+	}
+	for _, d := range s.disks {
+		text, err := json.Marshal(d.Identity)
+		if err != nil {
+			return s, err
+		}
+		s.identities = append(s.identities, string(text))
+	}
+	if s.vault, err = vault.Open(ctx, cfg.Vault); err != nil {
+		return s, err
+	}
+	if s.lock, err = s.vault.Lock(ctx, cfg.Name, env.Holder); err != nil {
+		return s, err
+	}
+	undo = append(undo, s.lock.Unlock)
+	var report spool.Report
+	if s.spool, report, err = spool.Open(filepath.Join(env.dir(cfg.Name), "spool"), spool.Options{MaxBytes: settings.SpoolBytes}); err != nil {
+		return s, err
+	}
+	undo = append(undo, s.spool.Close)
+	if len(report.Torn) > 0 {
+		env.Log.Warn("a crash left an unfinished segment, which was removed", "group", cfg.Name, "files", report.Torn)
+	}
+	if s.cursor, err = s.spool.Cursor("vault"); err != nil {
+		return s, err
+	}
+	history, err := s.history(ctx)
+	if err != nil {
+		return s, err
+	}
+	if err = s.openTap(env); err != nil {
+		return s, err
+	}
+	undo = append(undo, s.tap.Close)
+	files, err := s.openDisks()
+	if err != nil {
+		return s, err
+	}
+	s.filler = newFiller(files, settings.FillRate, s.tap.Producer)
+	undo = append(undo, func() error { return errors.Join(closeAll(files), s.filler.closeBases()) })
+	return s, s.resume(ctx, history)
+}
+
+func closeAll(files []*os.File) error {
+	var errs []error
+	for _, f := range files {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// findDisks looks the group's disks up under the names they have now.
+func findDisks(cfg *Config) ([]*disk.Info, error) {
+	var out []*disk.Info
+	for _, d := range cfg.Disks {
+		i, err := find(d)
+		if err != nil {
+			return nil, err
+		}
+		if i.Size != d.Size {
+			return nil, fmt.Errorf("disk %s has %d bytes and had %d when it was protected: unprotect the group and protect it again: %w", d.Name, i.Size, d.Size, ErrOffline)
+		}
+		out = append(out, i)
+	}
+	return out, nil
+}
+
+func find(d DiskConfig) (*disk.Info, error) {
+	if i, err := disk.Inspect(d.Path); err == nil {
+		if sameDisk(d.Identity, i.Identity) {
+			return i, nil
+		}
+	}
+	names, err := os.ReadDir("/sys/class/block")
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range names {
+		i, err := disk.Inspect("/dev/" + strings.ReplaceAll(n.Name(), "!", "/"))
+		if err != nil {
+			continue // without medium, or gone
+		}
+		if sameDisk(d.Identity, i.Identity) {
+			return i, nil
+		}
+	}
+	return nil, fmt.Errorf("disk %s (%s) is not on this machine: %w", d.Name, d.Identity, ErrOffline)
+}
+
+// history ships what the spool holds, then reads what the vault knows.
+func (s *session) history(ctx context.Context) (*timeline.History, error) {
+	for !s.cursor.Drained() {
+		item, err := s.cursor.Next(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if err := s.vault.Put(ctx, s.lock, item.Path, item.Summary); err != nil {
+			return nil, err
+		}
+		if err := s.cursor.Commit(item.Sequence); err != nil {
+			return nil, err
+		}
+	}
+	h, err := timeline.Load(ctx, s.vault, s.cfg.Name)
+	if errors.Is(err, vault.ErrNoGroup) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if d := h.Damage(); d != nil {
+		return nil, fmt.Errorf("%w; protect under another name, or repair the vault", d)
+	}
+	if h.Last().Sequence == 0 {
+		return nil, nil
+	}
+	if h.GroupID() != s.cfg.ID {
+		return nil, fmt.Errorf("group %s: %w", s.cfg.Name, ErrOtherDisks)
+	}
+	return h, nil
+}
+
+func (s *session) targets() []tap.Target {
+	var out []tap.Target
+	for i, d := range s.disks {
+		out = append(out, tap.Target{Name: s.cfg.Disks[i].Name, Whole: d.WholeDev, Start: d.Start, Len: d.Size, DiskSeq: d.DiskSeq,
+			BlockSize: s.cfg.Disks[i].BlockSize, BioBased: d.BioBased, Pass: passthrough(d)})
+	}
+	return out
+}
+
+func passthrough(d *disk.Info) tap.Passthrough {
+	switch d.Kind {
+	case disk.Loop, disk.DM, disk.MD, disk.Zram, disk.Brd, disk.Pmem, disk.NBD, disk.Ublk:
+		return tap.Passthrough{Kind: tap.PassNone}
+	}
+	return tap.Passthrough{Kind: tap.PassUnknown}
+}
+
+// openTap adopts the pinned tap where it sees these very disks.
+func (s *session) openTap(env *Env) error {
+	pin := pinName(s.cfg.Name)
+	t, err := tap.Adopt(env.Instance, pin)
+	if err == nil && sameTargets(t.Targets(), s.targets()) {
+		s.tap = t
+		return nil
+	}
+	if err == nil {
+		err = t.Remove()
+	} else {
+		if !errors.Is(err, tap.ErrNoPins) {
+			s.log.Warn("the pinned tap cannot be taken over", "group", s.cfg.Name, "error", err)
+		}
+		err = tap.Discard(env.Instance, pin)
+	}
+	if err != nil {
+		return err
+	}
+	s.tap, err = tap.Start(tap.Config{Instance: env.Instance, Group: pin, RingBytes: s.settings.RingBytes, Targets: s.targets(),
+		Options: tap.Options{MetadataOnly: s.settings.Metadata}})
+	return err
+}
+
+// pinName is a group's name as bpffs takes it: without dots.
+func pinName(group string) string {
+	return strings.NewReplacer(".", "_dot_").Replace(group)
+}
+
+func sameTargets(a, b []tap.Target) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if a[i] != b[i] {
+			return false
+		}
+	}
+	return true
+}
+
+func (s *session) openDisks() ([]*os.File, error) {
+	var out []*os.File
+	for _, d := range s.disks {
+		f, err := openDirect(d.Path)
+		if err != nil {
+			return nil, errors.Join(err, closeAll(out))
+		}
+		out = append(out, f)
+	}
+	return out, nil
+}
+
+// resume continues the history where it ended: in the ring, if it is the ring
+// that the newest segment knows; otherwise with the whole of every disk unknown.
+func (s *session) resume(ctx context.Context, h *timeline.History) error {
+	var disks []fill.Disk
+	var whole []block.DiskRange
+	for i, d := range s.cfg.Disks {
+		disks = append(disks, fill.Disk{Size: d.Size, BlockSize: d.BlockSize})
+		whole = append(whole, block.DiskRange{Disk: i, Range: block.Range{Len: d.Size}})
+	}
+	s.engine = fill.New(disks)
+	s.mode = newMode(s.tap.PayloadCaptured())
+	s.place = s.tap.Consumer()
+	if !s.tap.PayloadCaptured() {
+		s.health.Raise(health.Condition{Code: "metadata-mode", Severity: health.Warning, Subject: s.cfg.Name,
+			Detail: "Payloads cannot be captured: only the ranges of writes are kept, and points exist only while the disks are idle.",
+			Remedy: "See tidemark doctor for the reason."})
+	}
+	cause := stream.CauseInitial
+	if h != nil {
+		s.carry(h)
+		last := h.Last()
+		if last.Source.Ring == s.tap.Identity() {
+			s.skipBefore, s.seenDrops = tap.Place(last.Source.Place), last.Source.Drops
+			s.gapSince = last.GapSince
+			if s.gapOpen = last.Settled == 0; !s.gapOpen {
+				s.settled = last.Settled
+				return nil
+			}
+			for i := range s.cfg.Disks {
+				s.reopen(i, h.Unknown(i))
+			}
+			s.useBase(ctx, h)
+			return nil
+		}
+		if s.stretchEnd != 0 {
+			cause = stream.CauseContinuity
+		}
+		s.useBase(ctx, h)
+	}
+	s.gapCause = cause
+	s.lastTime = max(s.lastTime, 1)
+	return s.openGap(cause, whole, s.tap.Drops())
+}
+
+// carry takes over what the history says of the past.
+func (s *session) carry(h *timeline.History) {
+	last := h.Last()
+	s.previous, s.position, s.lastTime = last, last.Last, last.Time
+	for _, m := range h.Bookmarks() {
+		s.names[m.Bookmark] = true
+	}
+	if st := h.Stretches(); len(st) > 0 {
+		s.stretchEnd = st[len(st)-1].Last
+		s.pending.durable = s.stretchEnd
+	}
+}
+
+// reopen makes blocks unknown again that were so when the last session ended.
+// Any drop on them lies before the producer's place now.
+func (s *session) reopen(i int, ranges []block.Range) {
+	var open []block.DiskRange
+	for _, r := range ranges {
+		open = append(open, block.DiskRange{Disk: i, Range: r})
+	}
+	s.engine.Open(open, fill.Place(s.tap.Producer()))
+}
+
+// useBase has fills compared with the newest point that the vault holds, so
+// that only what differs is stored again.
+func (s *session) useBase(ctx context.Context, h *timeline.History) {
+	st := h.Stretches()
+	if len(st) == 0 || len(s.filler.out) > 0 {
+		return
+	}
+	s.filler.base = st[len(st)-1].Last
+	for i := range s.cfg.Disks {
+		v, err := h.View(ctx, i, s.filler.base)
+		if err != nil {
+			s.log.Warn("no comparison with the vault: everything is copied", "group", s.cfg.Name, "error", err)
+			return
+		}
+		s.filler.bases[i] = v
+	}
+}

@@ -1,0 +1,125 @@
+package protect
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"tidemark/internal/stream"
+	"tidemark/internal/tap"
+)
+
+// Bookmarked says where a bookmark came to lie.
+type Bookmarked struct {
+	Position stream.Position
+	Time     time.Time
+}
+
+// waiter is somebody who waits for a bookmark to be read from the ring and made durable.
+type waiter struct {
+	name  string
+	want  stream.Consistency
+	reply chan error
+	at    Bookmarked
+	token uint64
+	taken bool
+}
+
+// takeBookmark gives a bookmark its position, or lets it go where it did not get
+// what was asked of it.
+func (s *session) takeBookmark(r *tap.Record) error {
+	w := s.waiters[r.Token]
+	if s.gapOpen {
+		s.answer(w, fmt.Errorf("bookmark %q fell into an open gap: %w", r.Name, ErrInsideGap))
+		return nil
+	}
+	if s.names[r.Name] && w != nil {
+		s.answer(w, fmt.Errorf("bookmark %q: %w", r.Name, ErrBookmarkExists))
+		return nil
+	}
+	s.position++
+	s.names[r.Name] = true
+	rec := stream.Record{Kind: stream.KindBookmark, Position: s.position, Time: s.stamp(r.MonoTime), Name: r.Name, Consistency: r.Consistency}
+	if err := s.append(&rec); err != nil {
+		return err
+	}
+	if w != nil {
+		w.at = Bookmarked{Position: s.position, Time: time.Unix(0, rec.Time)}
+		w.taken = true
+		s.urgent = true
+	}
+	return nil
+}
+
+func (s *session) answer(w *waiter, err error) {
+	if w == nil {
+		return
+	}
+	delete(s.waiters, w.token)
+	w.reply <- err // has room
+}
+
+// settleBookmarks answers those whose bookmarks have just become durable or,
+// with an error, everybody.
+func (s *session) settleBookmarks(err error) {
+	for _, w := range s.waiters {
+		if w.taken || err != nil {
+			s.answer(w, err)
+		}
+	}
+}
+
+// Bookmark puts a bookmark over all disks of the group and returns when it is
+// durable on this machine. Errors: ErrInsideGap, ErrBookmarkExists, ErrOffline,
+// tap.ErrRingFull, and those of the freeze.
+func (g *Group) Bookmark(ctx context.Context, name string, want stream.Consistency) (Bookmarked, error) {
+	if err := stream.CheckBookmarkName(name); err != nil {
+		return Bookmarked{}, fmt.Errorf("%w: %w", err, ErrSettings)
+	}
+	s := g.current()
+	if s == nil {
+		return Bookmarked{}, g.offlineError()
+	}
+	w := &waiter{name: name, want: want, reply: make(chan error, 1)}
+	if err := s.ask(ctx, func() error { return s.admit(w) }); err != nil {
+		return Bookmarked{}, err
+	}
+	if err := s.mark(w); err != nil {
+		_ = s.ask(context.WithoutCancel(ctx), func() error { delete(s.waiters, w.token); return nil })
+		return Bookmarked{}, err
+	}
+	select {
+	case err := <-w.reply:
+		return w.at, err
+	case <-s.over:
+		return Bookmarked{}, fmt.Errorf("the group stopped before bookmark %q was durable: %w", name, ErrOffline)
+	case <-ctx.Done():
+		return Bookmarked{}, ctx.Err()
+	}
+}
+
+// admit refuses early what is bound to fail, and registers the waiter.
+func (s *session) admit(w *waiter) error {
+	if err := s.pump(); err != nil {
+		return err
+	}
+	if s.gapOpen {
+		return fmt.Errorf("group %s has an open gap since position %d: %w", s.cfg.Name, s.gapSince, ErrInsideGap)
+	}
+	if s.names[w.name] {
+		return fmt.Errorf("bookmark %q: %w", w.name, ErrBookmarkExists)
+	}
+	s.tokens++
+	w.token = s.tokens
+	s.waiters[w.token] = w
+	return nil
+}
+
+// mark puts the bookmark into the ring.
+func (s *session) mark(w *waiter) error {
+	if w.want != stream.Crash {
+		return fmt.Errorf("bookmark %q: %w", w.name, ErrNoFreeze)
+	}
+	_, err := s.tap.Bookmark(tap.Mark{Name: w.name, Consistency: w.want, Token: w.token})
+	return err
+}

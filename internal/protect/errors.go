@@ -1,0 +1,17 @@
+package protect
+
+import "errors"
+
+// Errors that callers branch on; each is wrapped with what it is about.
+var (
+	ErrNoGroup        = errors.New("no such group")
+	ErrExists         = errors.New("a group of this name exists")
+	ErrSettings       = errors.New("not a valid setting")
+	ErrRefused        = errors.New("this disk cannot be protected as it is")
+	ErrInsideGap      = errors.New("inside a gap: there is no consistent point until it is filled")
+	ErrBookmarkExists = errors.New("the name is taken in this group's history")
+	ErrOffline        = errors.New("the group is offline")
+	ErrNoFreeze       = errors.New("this build puts crash-consistent bookmarks only")
+	ErrInUse          = errors.New("in use")
+	ErrOtherDisks     = errors.New("the vault holds a history of other disks under this name")
+)

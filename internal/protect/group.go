@@ -1,0 +1,363 @@
+// Package protect runs one group: it takes records from the tap, gives them
+// positions, opens and fills gaps, seals segments into the spool and carries
+// them to the vault.
+//
+// A Group lives as long as its daemon. It assembles a session, runs it, and
+// assembles the next when that one fails: capture itself goes on meanwhile, in
+// the kernel.
+package protect
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"tidemark/internal/control/api"
+	"tidemark/internal/disk"
+	"tidemark/internal/health"
+	"tidemark/internal/tap"
+	"tidemark/internal/timeline"
+	"tidemark/internal/vault"
+)
+
+// Group is one protected group. All methods may be called concurrently.
+type Group struct {
+	env    *Env
+	cfg    *Config
+	health health.Set
+	live   atomic.Pointer[session]
+	cancel context.CancelFunc
+	done   chan struct{}
+	mu     sync.Mutex
+	failed error
+}
+
+// Request is what a new group is made from.
+type Request struct {
+	Name     string
+	Vault    string
+	Devices  []string
+	Settings Settings
+}
+
+// Create starts to protect disks. Where it fails nothing stays behind, but a
+// vault that it made. protected are the disks of other groups.
+func Create(ctx context.Context, env *Env, r Request, others []*Config) (*Group, error) {
+	cfg, err := configure(env, r, others)
+	if err != nil {
+		return nil, err
+	}
+	v, err := vault.Create(ctx, r.Vault)
+	if err != nil {
+		return nil, err
+	}
+	if err := cfg.join(ctx, v); err != nil {
+		return nil, err
+	}
+	dir := env.dir(cfg.Name)
+	if _, err := os.Stat(filepath.Join(dir, configName)); err == nil {
+		return nil, fmt.Errorf("group %s: %w", cfg.Name, ErrExists)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	g := &Group{env: env, cfg: cfg, done: make(chan struct{})}
+	s, err := assemble(ctx, env, cfg, &g.health)
+	if err == nil {
+		if err = cfg.save(dir); err != nil {
+			err = errors.Join(err, s.tap.Remove(), s.spool.Close(), s.lock.Unlock())
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(err, tap.Discard(env.Instance, pinName(cfg.Name)), os.RemoveAll(dir))
+	}
+	g.start(s)
+	return g, nil
+}
+
+// Open starts a group that this daemon knows from before. It does not fail where
+// its disks or vault are away: the group is offline until they are back.
+func Open(env *Env, name string) (*Group, error) {
+	cfg, err := LoadConfig(env.dir(name))
+	if err != nil {
+		return nil, err
+	}
+	g := &Group{env: env, cfg: cfg, done: make(chan struct{})}
+	g.start(nil)
+	return g, nil
+}
+
+func configure(env *Env, r Request, others []*Config) (*Config, error) {
+	settings, err := r.Settings.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	cfg := &Config{Version: 1, Name: r.Name, Vault: r.Vault, Settings: settings}
+	if _, err := rand.Read(cfg.ID[:]); err != nil {
+		return nil, err
+	}
+	if len(r.Devices) == 0 {
+		return nil, fmt.Errorf("no device was named: %w", ErrSettings)
+	}
+	var infos []*disk.Info
+	for _, dev := range r.Devices {
+		i, err := disk.Inspect(dev)
+		if err != nil {
+			return nil, err
+		}
+		if err := admit(env, i, r, append(slices.Clone(infos), disksOf(others)...)); err != nil {
+			return nil, err
+		}
+		infos = append(infos, i)
+		cfg.Disks = append(cfg.Disks, DiskConfig{Name: i.Name, Path: i.Path, Identity: i.Identity, Size: i.Size, SectorSize: i.LogicalSector, BlockSize: blockSize(i.Size)})
+	}
+	if cfg.Name == "" {
+		if len(infos) > 1 {
+			return nil, fmt.Errorf("a group of %d disks needs a name (--name): %w", len(infos), ErrSettings)
+		}
+		cfg.Name = infos[0].Name
+	}
+	return cfg, vault.CheckName(cfg.Name)
+}
+
+func disksOf(groups []*Config) []*disk.Info {
+	var out []*disk.Info
+	for _, g := range groups {
+		for _, d := range g.Disks {
+			if i, err := find(d); err == nil {
+				out = append(out, i)
+			}
+		}
+	}
+	return out
+}
+
+// admit refuses what cannot be tapped, or not beside the others.
+func admit(env *Env, i *disk.Info, r Request, others []*disk.Info) error {
+	refusals := disk.TapRefusals(i)
+	if c := disk.HoldsRefusal(i, env.StateDir, vaultFolder(r.Vault)); c != nil {
+		refusals = append(refusals, *c)
+	}
+	for _, c := range refusals {
+		if r.Settings.Force && disk.Forceable(c.Code) {
+			continue
+		}
+		return fmt.Errorf("%w: %s [%s]\n  %s", ErrRefused, c.Detail, c.Code, c.Remedy)
+	}
+	for _, o := range others {
+		if disk.Related(i, o) {
+			return fmt.Errorf("%s and %s are one disk, or lie in one stack: protect it once: %w", i.Path, o.Path, ErrInUse)
+		}
+	}
+	return nil
+}
+
+// vaultFolder is where a local vault lies.
+func vaultFolder(where string) string { return strings.TrimPrefix(where, "file://") }
+
+// join goes on with the history that the vault holds under this name, if it is
+// one of the same disks.
+func (c *Config) join(ctx context.Context, v *vault.Vault) error {
+	h, err := timeline.Load(ctx, v, c.Name)
+	if errors.Is(err, vault.ErrNoGroup) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if h.Last().Sequence == 0 && h.Damage() == nil {
+		return nil
+	}
+	if d := h.Damage(); d != nil {
+		return d
+	}
+	old := h.Disks()
+	if len(old) != len(c.Disks) {
+		return fmt.Errorf("group %s: the vault has %d disks under this name: %w", c.Name, len(old), ErrOtherDisks)
+	}
+	for i := range old {
+		if old[i].Size != c.Disks[i].Size || !sameIdentity(old[i].Identity, c.Disks[i].Identity) {
+			return fmt.Errorf("group %s: disk %s was %s with %d bytes: choose another --name: %w", c.Name, old[i].Name, old[i].Identity, old[i].Size, ErrOtherDisks)
+		}
+		c.Disks[i].Name, c.Disks[i].BlockSize = old[i].Name, old[i].BlockSize
+	}
+	c.ID = h.GroupID()
+	return nil
+}
+
+// sameIdentity compares an identity as a segment holds it with a disk's.
+func sameIdentity(stored string, is disk.Identity) bool {
+	var was disk.Identity
+	if err := json.Unmarshal([]byte(stored), &was); err != nil {
+		return false
+	}
+	return sameDisk(was, is)
+}
+
+// sameDisk also takes a disk that kept its sequence number in this boot for the
+// same one, whatever was written to it since.
+func sameDisk(was, is disk.Identity) bool {
+	if was.DiskSeq != 0 && was.DiskSeq == is.DiskSeq && was.BootID == is.BootID && was.Name == is.Name && was.Size == is.Size {
+		return true
+	}
+	same, _ := disk.Same(was, is)
+	return same
+}
+
+// retryEvery is how long an offline group waits before it tries again.
+const retryEvery = 2 * time.Second
+
+// start begins the group's goroutine, with a session that is open already or none.
+func (g *Group) start(s *session) {
+	ctx, cancel := context.WithCancel(context.Background())
+	g.cancel = cancel
+	if s != nil {
+		g.live.Store(s)
+	}
+	go func() {
+		defer close(g.done)
+		for ctx.Err() == nil {
+			if s == nil {
+				s = g.try(ctx)
+			}
+			if s != nil {
+				g.live.Store(s)
+				err := s.run(ctx)
+				g.live.Store(nil)
+				g.fail(errors.Join(err, s.close()))
+				s = nil
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(retryEvery):
+			}
+		}
+	}()
+}
+
+func (g *Group) try(ctx context.Context) *session {
+	s, err := assemble(ctx, g.env, g.cfg, &g.health)
+	g.fail(err)
+	return s
+}
+
+// fail notes why the group is offline; nil: it is not.
+func (g *Group) fail(err error) {
+	g.mu.Lock()
+	g.failed = err
+	g.mu.Unlock()
+	if err == nil {
+		g.health.Clear("offline", g.cfg.Name)
+		return
+	}
+	g.env.Log.Error("the group is offline", "group", g.cfg.Name, "error", err)
+	g.health.Raise(health.Condition{Code: "offline", Severity: health.Error, Subject: g.cfg.Name,
+		Detail: "The group is offline: " + err.Error(), Remedy: "Bring back what is missing; it is tried again every few seconds. Capture goes on in the kernel as long as its ring has room."})
+}
+
+func (g *Group) current() *session { return g.live.Load() }
+
+func (g *Group) offlineError() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.failed != nil {
+		return fmt.Errorf("%w: %w", ErrOffline, g.failed)
+	}
+	return ErrOffline
+}
+
+// Config is what the group was made with; it is not to be changed.
+func (g *Group) Config() *Config { return g.cfg }
+
+// Stop ends the group's work here; the tap stays and goes on capturing.
+func (g *Group) Stop() {
+	g.cancel()
+	<-g.done
+}
+
+// Unprotect drains what is captured to the vault, then removes the tap and
+// everything else of the group on this machine. The vault stays. With abandon
+// it does not wait for the vault.
+func (g *Group) Unprotect(ctx context.Context, abandon bool) error {
+	if s := g.current(); s != nil && !abandon {
+		err := s.ask(ctx, func() error {
+			if err := s.pump(); err != nil {
+				return err
+			}
+			return s.seal()
+		})
+		if err == nil {
+			err = s.drained(ctx)
+		}
+		if err != nil {
+			return fmt.Errorf("group %s stays protected: %w", g.cfg.Name, err)
+		}
+	} else if s == nil && !abandon {
+		return fmt.Errorf("%w; unprotect --abandon gives up what is not in the vault", g.offlineError())
+	}
+	g.Stop()
+	return errors.Join(tap.Discard(g.env.Instance, pinName(g.cfg.Name)), os.RemoveAll(g.env.dir(g.cfg.Name)), syncDir(filepath.Dir(g.env.dir(g.cfg.Name))))
+}
+
+// Status says how the group is. The ring is looked at up to its producer first.
+func (g *Group) Status(ctx context.Context) api.Group {
+	out := api.Group{Name: g.cfg.Name, State: api.Offline, Mode: api.ModeBitmap, WayIn: "tap", Vault: g.cfg.Vault}
+	for _, d := range g.cfg.Disks {
+		out.Disks = append(out.Disks, api.Disk{Name: d.Name, Device: d.Path, SizeBytes: d.Size, GapBytes: d.Size, Identity: d.Identity.String()})
+	}
+	if s := g.current(); s != nil {
+		_ = s.ask(ctx, func() error { return s.describe(&out) }) // a session that is just ending is offline
+	}
+	out.Conditions = g.health.List()
+	return out
+}
+
+// describe fills in what only the session knows.
+func (s *session) describe(out *api.Group) error {
+	if !s.full {
+		if err := s.pump(); err != nil {
+			return err
+		}
+		if err := s.gaps(); err != nil {
+			return err
+		}
+	}
+	c, err := s.tap.Counters()
+	if err != nil {
+		return err
+	}
+	out.Mode, out.ConsistentSince, out.CapturedPosition = s.mode.now, s.settled, s.position
+	var oldest time.Time
+	out.DurablePosition, oldest = s.pending.state()
+	if oldest.IsZero() && s.builder.Records() > 0 {
+		oldest = s.builderSince
+	}
+	if !oldest.IsZero() {
+		out.LagSeconds = time.Since(oldest).Seconds()
+	}
+	out.RingBytes, out.RingUsedBytes, out.SpoolBytes = s.tap.RingSize(), int64(s.tap.Producer()-s.tap.Consumer()), s.spool.Bytes()
+	for i := range out.Disks {
+		d, n := &out.Disks[i], c.Disks[i]
+		d.Device, d.GapBytes = s.disks[i].Path, s.engine.Remaining(i)
+		d.Writes, d.WrittenBytes, d.LostWrites, d.FailedWrites = n.Writes, n.Bytes, n.Lost, n.Failed
+	}
+	switch {
+	case s.mode.now != api.ModeData || s.full:
+		out.State = api.Degraded
+	case s.gapOpen:
+		out.State = api.Filling
+	default:
+		out.State = api.Protected
+		s.health.Clear("unknown-territory", s.cfg.Name)
+	}
+	return nil
+}

@@ -1,0 +1,49 @@
+package protect
+
+import "tidemark/internal/control/api"
+
+// mode says how much of each write the capture keeps. Nobody chooses it; it
+// follows what the tap reports:
+//
+//	        a write lost its payload,          a write did not even
+//	        its range is in the ring           leave its range
+//	data ───────────────────────▶ metadata ───────────────────────▶ bitmap
+//	 ▲ ▲                             │                                 │
+//	 │ └──────── settled ────────────┘                                 │
+//	 └─────────────────────── settled ─────────────────────────────────┘
+//
+// On a machine where payloads cannot be read at all the lowest rung is
+// metadata, not data: "settled" leads back there.
+type mode struct {
+	now   api.Mode
+	floor api.Mode // data, or metadata where payloads are never captured
+}
+
+func newMode(payload bool) mode {
+	floor := api.ModeData
+	if !payload {
+		floor = api.ModeMetadata
+	}
+	return mode{now: floor, floor: floor}
+}
+
+// modeEvent is what moves a mode.
+type modeEvent int
+
+const (
+	evRangeOnly modeEvent = iota // a write came without payload
+	evDropped                    // writes left nothing but a bit
+	evSettled                    // every block is known again
+)
+
+// apply is the whole state machine.
+func (m *mode) apply(e modeEvent) {
+	switch {
+	case e == evSettled:
+		m.now = m.floor
+	case e == evDropped:
+		m.now = api.ModeBitmap
+	case e == evRangeOnly && m.now == api.ModeData:
+		m.now = api.ModeMetadata
+	}
+}

@@ -1,0 +1,336 @@
+package protect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"tidemark/internal/block"
+	"tidemark/internal/disk"
+	"tidemark/internal/fill"
+	"tidemark/internal/health"
+	"tidemark/internal/segment"
+	"tidemark/internal/spool"
+	"tidemark/internal/stream"
+	"tidemark/internal/tap"
+	"tidemark/internal/vault"
+)
+
+const (
+	tick      = 10 * time.Millisecond  // how often the ring is looked at
+	scanEvery = 20 * time.Millisecond  // bios in flight, while a gap is open
+	peekEvery = 200 * time.Millisecond // gap bits, while a gap is open anyway
+	watchEach = time.Second            // the disks themselves
+)
+
+// session is one run of a group: from the moment everything is open until it is
+// closed or fails. One goroutine, run, owns all of it but what is said
+// otherwise; others ask it to do things for them.
+type session struct {
+	cfg      *Config
+	settings Settings
+	log      *slog.Logger
+	health   *health.Set
+	disks    []*disk.Info
+	// identities are the disks', as segments hold them.
+	identities []string
+
+	tap    *tap.Tap
+	spool  *spool.Spool
+	cursor *spool.Cursor
+	vault  *vault.Vault
+	lock   *vault.Lock
+	filler *filler
+
+	engine       *fill.Engine
+	builder      *segment.Builder
+	builderSince time.Time
+	previous     segment.Summary
+	record       stream.Record
+
+	place       tap.Place
+	skipBefore  tap.Place
+	position    stream.Position
+	seenDrops   uint64
+	lostSeen    uint64
+	lostCounted uint64
+	lastTime    int64
+	clockOffset int64
+	mode        mode
+	full        bool
+
+	gapOpen    bool
+	gapSince   stream.Position
+	gapCause   stream.Cause
+	settled    stream.Position
+	stretchEnd stream.Position
+	uncleared  []block.DiskRange
+	lastPeek   time.Time
+	lastScan   time.Time
+	lastWatch  time.Time
+	quietScans int
+	watched    watched
+	territory  error // a disk changed: why
+
+	waiters map[uint64]*waiter
+	tokens  uint64
+	names   map[string]bool
+	urgent  bool
+	pending onTheWay // safe for all
+
+	requests chan request
+	over     chan struct{}
+}
+
+// request is something that the session's goroutine does for another.
+type request struct {
+	do   func() error
+	done chan error
+}
+
+// ask has the session's goroutine call do.
+func (s *session) ask(ctx context.Context, do func() error) error {
+	r := request{do, make(chan error, 1)}
+	select {
+	case s.requests <- r:
+	case <-s.over:
+		return ErrOffline
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-r.done:
+		return err
+	case <-s.over:
+		return ErrOffline
+	}
+}
+
+// run is the session's goroutine. It returns when ctx ends or something fails.
+// Its workers end before it does:
+//  1. the fill workers, as their channel is closed;
+//  2. the shipper, as its context is cancelled;
+//  3. whoever waits for a bookmark is told.
+func (s *session) run(ctx context.Context) error {
+	inner, cancel := context.WithCancel(ctx)
+	var workers sync.WaitGroup
+	failed := make(chan error, 1)
+	for range fillWorkers {
+		workers.Go(func() { s.filler.work(inner) })
+	}
+	workers.Go(func() {
+		if err := s.ship(inner); err != nil && inner.Err() == nil {
+			failed <- fmt.Errorf("draining to the vault: %w", err)
+		}
+	})
+	err := s.loop(ctx, failed)
+	close(s.filler.jobs)
+	cancel()
+	workers.Wait()
+	close(s.over)
+	s.settleBookmarks(ErrOffline)
+	return err
+}
+
+func (s *session) loop(ctx context.Context, failed <-chan error) error {
+	t := time.NewTicker(tick)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return s.step() // what the ring holds becomes durable once more
+		case err := <-failed:
+			return err
+		case r := <-s.requests:
+			r.done <- r.do()
+			continue
+		case <-t.C:
+		}
+		if err := s.step(); err != nil {
+			return err
+		}
+	}
+}
+
+// step is one round: ring to segment, gaps, fills, seal.
+func (s *session) step() error {
+	if s.full && !s.spool.Room(int64(s.builder.Size())) {
+		return nil // the ring holds on; the tap degrades when it is full too
+	}
+	if err := s.sealGaps(); err != nil {
+		return err
+	}
+	if err := s.pump(); err != nil {
+		return err
+	}
+	if err := s.gaps(); err != nil {
+		return err
+	}
+	old := s.builder.Records() > 0 && time.Since(s.builderSince) >= s.settings.SealEvery
+	if old || s.urgent || s.builder.Size() >= s.settings.SegmentBytes || s.builder.Records() == 0 && s.place != s.tap.Consumer() {
+		s.urgent = false
+		if err := s.seal(); err != nil {
+			return err
+		}
+	}
+	if time.Since(s.lastWatch) >= watchEach {
+		s.lastWatch = time.Now()
+		return s.watch()
+	}
+	return nil
+}
+
+// gaps looks for drops that no record has told of, and moves an open gap on.
+func (s *session) gaps() error {
+	// While a gap is open its exact place does not matter; otherwise a record
+	// that the ring still holds may tell of the drop, and of its place.
+	due := s.place >= s.tap.Producer()
+	if s.gapOpen {
+		due = time.Since(s.lastPeek) >= peekEvery
+	}
+	if s.tap.Drops() > s.seenDrops && due {
+		if err := s.openDropGap(); err != nil || s.full {
+			return err
+		}
+	}
+	if !s.gapOpen {
+		return s.endsOff()
+	}
+	if len(s.uncleared) > 0 {
+		return nil
+	}
+	s.engine.Checkpoint(fill.Place(s.place), s.position)
+	if time.Since(s.lastScan) >= scanEvery {
+		s.lastScan = time.Now()
+		scan, err := s.tap.ScanInFlight()
+		if err != nil {
+			return err
+		}
+		s.engine.Scanned(fill.Place(scan.Low), scan.Dropped)
+	}
+	s.collect()
+	if err := s.appendReady(); err != nil {
+		return err
+	}
+	s.dispatch()
+	return s.settle()
+}
+
+func (s *session) appendReady() error {
+	for _, f := range s.engine.Ready() {
+		if !f.Range.Empty() {
+			if err := s.appendFill(f); err != nil {
+				return err
+			}
+		}
+		if r := s.filler.out[f.ID]; f.Last && r != nil {
+			s.retire(r)
+		}
+	}
+	return nil
+}
+
+// settle closes the gap when every block is known and no drop is unaccounted for.
+func (s *session) settle() error {
+	if s.tap.Drops() > s.seenDrops {
+		return nil
+	}
+	from, ok := s.engine.Settled()
+	if !ok {
+		return nil
+	}
+	from = max(from, s.gapSince)
+	if err := s.append(&stream.Record{Kind: stream.KindSettled, Position: from, Time: s.now()}); err != nil {
+		return err
+	}
+	s.gapOpen, s.gapSince, s.settled = false, 0, from
+	s.mode.apply(evSettled)
+	s.filler.settle()
+	s.quietScans = 0
+	s.urgent = true
+	s.log.Info("consistent", "group", s.cfg.Name, "since", uint64(from))
+	return nil
+}
+
+// endsOff stops tracking bios in flight when those that are older than the
+// tracking must have ended: the disks were seen idle, with nothing in the map,
+// twice and a second apart. In doubt it stays on, which costs time and nothing else.
+func (s *session) endsOff() error {
+	if !s.tap.Ends() || time.Since(s.lastScan) < watchEach {
+		return nil
+	}
+	s.lastScan = time.Now()
+	scan, err := s.tap.ScanInFlight()
+	if err != nil {
+		return err
+	}
+	idle := scan.InFlight == 0
+	for _, d := range s.disks {
+		r, w, err := disk.InFlight(d)
+		idle = idle && err == nil && r+w == 0
+	}
+	if !idle {
+		s.quietScans = 0
+		return nil
+	}
+	if s.quietScans++; s.quietScans < 2 {
+		return nil
+	}
+	if err := s.tap.SetEnds(false); err != nil {
+		return err
+	}
+	if s.tap.Drops() > s.seenDrops { // a drop switched it on in this moment
+		return s.tap.SetEnds(true)
+	}
+	return nil
+}
+
+func (s *session) header() segment.Header {
+	h := segment.Header{Group: s.cfg.Name, GroupID: s.cfg.ID, Sequence: s.previous.Sequence + 1, Previous: s.previous.Digest}
+	for i, d := range s.cfg.Disks {
+		h.Disks = append(h.Disks, segment.Disk{Name: d.Name, Size: d.Size, SectorSize: d.SectorSize, BlockSize: d.BlockSize, Identity: s.identities[i]})
+	}
+	return h
+}
+
+func (s *session) state() segment.State {
+	return segment.State{
+		Source: segment.Source{Ring: s.tap.Identity(), Place: uint64(s.place), Drops: s.seenDrops},
+		Last:   s.position, Settled: s.settled, GapSince: s.gapSince, Time: s.lastTime,
+	}
+}
+
+func (s *session) setFull(full bool) {
+	if full == s.full {
+		return
+	}
+	s.full = full
+	if !full {
+		s.health.Clear("spool-full", s.cfg.Name)
+		return
+	}
+	s.health.Raise(health.Condition{Code: "spool-full", Severity: health.Warning, Subject: s.cfg.Name,
+		Detail: "The spool is full: the vault takes less than is written. When the ring is full too, only changed blocks are kept.",
+		Remedy: "Make the vault reachable or faster, or give more room with --spool-size."})
+}
+
+func (s *session) readFailed(r *reading) {
+	if errors.Is(r.err, context.Canceled) {
+		return
+	}
+	s.health.Raise(health.Condition{Code: "disk-read-failed", Severity: health.Error, Subject: s.cfg.Disks[r.job.Disk].Name,
+		Detail: "A block that the history needs cannot be read: " + r.err.Error(), Remedy: "Repair or replace the disk; points from before stay."})
+}
+
+// close lets go of everything; the tap stays pinned and goes on capturing.
+func (s *session) close() error {
+	var errs []error
+	for _, f := range s.filler.disks {
+		errs = append(errs, f.Close())
+	}
+	errs = append(errs, s.filler.closeBases(), s.tap.Close(), s.spool.Close(), s.lock.Unlock())
+	return errors.Join(errs...)
+}
