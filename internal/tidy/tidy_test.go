@@ -38,7 +38,7 @@ var layer = map[string][]string{
 	// One kernel facility each.
 	"internal/uring":   {},
 	"internal/loop":    {"internal/block", "internal/abi/ioctl"},
-	"internal/disk":    {"internal/block"},
+	"internal/disk":    {"internal/block", "internal/health"},
 	"internal/backing": {"internal/block", "internal/uring"},
 	"internal/freeze":  {"internal/block", "internal/disk", "internal/health"},
 	"internal/splice":  {"internal/block", "internal/disk", "internal/abi/dm"},
@@ -65,11 +65,13 @@ var layer = map[string][]string{
 	"internal/front/ublk":     {"internal/block", "internal/abi/ublk", "internal/uring"},
 	"internal/front/nbd":      {"internal/block", "internal/abi/nbd"},
 	"internal/front/loop":     {"internal/block", "internal/loop"},
+	"internal/mount":          {"internal/block", "internal/front/loop", "internal/loop"},
 	"internal/serve": {"internal/block", "internal/backing", "internal/cbt", "internal/disk", "internal/filter/...", "internal/front/...",
 		"internal/freeze", "internal/health", "internal/snapshot", "internal/splice", "internal/stack"},
 
 	// Assembly and the ways to command it.
-	"internal/protect": {"internal/block", "internal/cbt", "internal/disk", "internal/fill", "internal/freeze", "internal/health",
+	// The API's types are the words in which a group tells of itself.
+	"internal/protect": {"internal/block", "internal/cbt", "internal/control/api", "internal/disk", "internal/fill", "internal/freeze", "internal/health",
 		"internal/restore", "internal/segment", "internal/spool", "internal/stream", "internal/tap", "internal/timeline", "internal/vault"},
 	"internal/doctor":           {"internal/block", "internal/disk", "internal/front/...", "internal/health", "internal/splice", "internal/tap"},
 	"internal/control/api":      {"internal/block", "internal/health", "internal/stream"},
@@ -77,7 +79,7 @@ var layer = map[string][]string{
 	"internal/control/blksnap":  {"internal/block", "internal/abi/blksnap", "internal/control/cuse", "internal/health"},
 	"internal/control/involflt": {"internal/block", "internal/stream", "internal/abi/involflt", "internal/control/cuse", "internal/health"},
 	"internal/daemon":           {"internal/..."},
-	"cmd/tidemark": {"internal/block", "internal/control/api", "internal/daemon", "internal/doctor", "internal/freeze", "internal/front/...",
+	"cmd/tidemark": {"internal/block", "internal/control/api", "internal/daemon", "internal/disk", "internal/segment", "internal/tap", "internal/mount", "internal/doctor", "internal/freeze", "internal/front/...",
 		"internal/health", "internal/restore", "internal/stream", "internal/timeline", "internal/vault"},
 
 	// Tests. What they need from the rest they take as interfaces, so that any package's own tests can use them.
