@@ -280,7 +280,7 @@ func (d *daemon) scan() {
 }
 
 func (d *daemon) dispatch() {
-	j, ok := d.e.Next(int64(1 + d.k.rng.IntN(12)))
+	j, ok := d.e.Next(int64(1 + d.k.rng.IntN(24)))
 	if !ok {
 		return
 	}

@@ -73,24 +73,30 @@ type kernel struct {
 	met       *coverage
 }
 
-func newKernel(rng *rand.Rand) *kernel {
+func newKernel(rng *rand.Rand, o ownerFault) *kernel {
 	k := &kernel{rng: rng, inflight: map[int]*flight{}, ends: true, mapMax: 100,
 		disks: []Disk{{Size: int64(8 + rng.IntN(12)), BlockSize: 4}, {Size: int64(3 + rng.IntN(8)), BlockSize: 2}}}
-	switch rng.IntN(4) {
+	switch rng.IntN(5) {
+	case 4: // many blocks
+		k.disks[0] = Disk{Size: int64(12 + rng.IntN(16)), BlockSize: 2}
 	case 0:
 		k.disks = k.disks[:1]
 	case 1: // all on one or two blocks
 		k.disks = []Disk{{Size: int64(2 + rng.IntN(4)), BlockSize: 2}}
+	}
+	k.ringSize = Place(20 + rng.IntN(200)<<rng.IntN(3))
+	k.dropRate = []float64{0, 0.02, 0.1, 0.4, 0.9}[rng.IntN(5)]
+	k.failRate = []float64{0, 0, 0.05, 0.2}[rng.IntN(4)]
+	k.missRate = []float64{0, 0, 0.05}[rng.IntN(3)]
+	if o == ownerScansEarly || o == ownerNotesEarly { // these need a ring that stands still: try nothing else
+		k.dropRate, k.disks = 0.9, k.disks[:1]
+		k.disks[0] = Disk{Size: 4, BlockSize: 2}
 	}
 	for _, d := range k.disks {
 		k.content = append(k.content, make([]int, d.Size))
 		k.history = append(k.history, make([][]*bio, d.Size))
 		k.bits = append(k.bits, make([]bool, (d.Size+d.BlockSize-1)/d.BlockSize))
 	}
-	k.ringSize = Place(20 + rng.IntN(200)<<rng.IntN(3))
-	k.dropRate = []float64{0, 0.02, 0.1, 0.4, 0.9}[rng.IntN(5)]
-	k.failRate = []float64{0, 0, 0.05, 0.2}[rng.IntN(4)]
-	k.missRate = []float64{0, 0, 0.05}[rng.IntN(3)]
 	k.overlap = rng.IntN(20) == 0
 	if rng.IntN(3) == 0 {
 		k.mapMax = 1 + rng.IntN(3)

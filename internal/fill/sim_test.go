@@ -29,7 +29,7 @@ func play(seed uint64, f fault, o ownerFault, met *coverage) (err error) {
 		}
 	}()
 	rng := rand.New(rand.NewPCG(seed, 1))
-	k := newKernel(rng)
+	k := newKernel(rng, o)
 	k.met, k.missFails = met, o == ownerTrustsMissed
 	d := &daemon{k: k, fault: f, owner: o, lazy: rng.IntN(2) == 0}
 	d.start()
@@ -134,7 +134,7 @@ func TestSimulation(t *testing.T) {
 		}
 	}
 	t.Logf("%d seeds: %+v", count, met)
-	if v := []int{met.Points, met.Stretches, met.Data, met.Known, met.Pieces, met.Voided, met.Crashes, met.Redropped}; count >= 1000 && slices.Min(v) < 10 {
+	if v := []int{met.Points, met.Stretches, met.Data, met.Known, met.Pieces, met.Voided, met.Crashes, met.Redropped}; count >= 5000 && slices.Min(v) < 10 {
 		t.Errorf("the simulation hardly meets something that it is meant to try: %+v", met)
 	}
 }
