@@ -16,7 +16,7 @@ import (
 
 const (
 	unitBytes  = 4 << 20 // one buffer, one entry of the state
-	batchUnits = 64      // written, flushed and read back together
+	batchUnits = 32      // written, flushed and read back together
 )
 
 // job is one run of Write.
@@ -25,6 +25,7 @@ type job struct {
 	target   *target
 	size     int64
 	parallel int
+	force    bool
 	progress func(Progress)
 
 	buffers chan []byte // parallel of them, page-aligned
@@ -74,7 +75,8 @@ func (j *job) allocate() (free func(), err error) {
 	return func() { _ = unix.Munmap(mem) }, nil
 }
 
-// recheck reads back what an earlier run noted as done, and forgets what is no longer so.
+// recheck reads back what an earlier run noted as done. Where that has changed,
+// somebody has used the target meanwhile: it is refused, or with force written again.
 func (j *job) recheck(ctx context.Context) (map[int64]bool, error) {
 	var mu sync.Mutex
 	sound := map[int64]bool{}
@@ -92,7 +94,10 @@ func (j *job) recheck(ctx context.Context) (map[int64]bool, error) {
 				return fmt.Errorf("reading back what the earlier run wrote: %w", err)
 			}
 			if sum(buf) != j.target.state.done[u] {
-				return nil // changed since: it is written again
+				if !j.force {
+					return j.target.notEmpty("it was changed since the restore was interrupted")
+				}
+				return nil
 			}
 			j.advance(func(r *Report, p *Progress) { r.Resumed += int64(len(buf)); r.Verified += int64(len(buf)) }, len(buf), len(buf))
 		}

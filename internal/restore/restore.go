@@ -101,7 +101,7 @@ func Write(ctx context.Context, view block.Device, path string, o Options) (Repo
 		return Report{}, err
 	}
 	defer t.Close()
-	j := &job{view: view, target: t, size: view.Size(), parallel: parallel(o.Parallel), progress: o.Progress}
+	j := &job{view: view, target: t, size: view.Size(), parallel: parallel(o.Parallel), force: o.Force, progress: o.Progress}
 	if err := t.begin(j.size); err != nil {
 		return Report{}, errors.Join(err, t.abandon())
 	}
@@ -113,6 +113,8 @@ func Write(ctx context.Context, view block.Device, path string, o Options) (Repo
 	switch {
 	case err == nil:
 		return j.report, nil
+	case errors.Is(err, ErrNotEmpty): // found late, but before anything was written
+		return j.report, err
 	case ctx.Err() != nil && o.Identity != "":
 		return j.report, fmt.Errorf("%s: %w; the same command goes on where it was: %w", path, ErrInterrupted, ctx.Err())
 	case ctx.Err() != nil:

@@ -389,6 +389,10 @@ func TestKilled(t *testing.T) {
 		}
 		f.Close()
 		o.Identity = "point 1"
+		if _, err := Write(t.Context(), view, target, o); !errors.Is(err, ErrNotEmpty) || !strings.Contains(err.Error(), "changed") {
+			t.Fatalf("%s: somebody wrote to it meanwhile: %v", target, err)
+		}
+		o.Force = true
 		rep, err := Write(t.Context(), view, target, o)
 		if err != nil {
 			t.Fatal(err)
@@ -474,6 +478,24 @@ func TestCompare(t *testing.T) {
 	}
 	if _, err := Compare(t.Context(), a, paint(1<<20, 1), CompareOptions{}); err == nil {
 		t.Error("devices of different sizes were compared")
+	}
+}
+
+// BenchmarkWrite measures a restore to memory behind a loop device, and to a file.
+func BenchmarkWrite(b *testing.B) {
+	view := killView{paint(8<<20, 11)}
+	view.extents = []block.Extent{{Range: block.Range{Len: 8 << 20}}}
+	testkit.Fill(view.data, 1, 0, 1)
+	d := testkit.NewDisk(b, killSize)
+	for _, target := range []string{d.Path, filepath.Join(b.TempDir(), "image")} {
+		b.Run(filepath.Base(filepath.Dir(target)), func(b *testing.B) {
+			b.SetBytes(killSize)
+			for b.Loop() {
+				if _, err := Write(b.Context(), view, target, Options{Force: true}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 
