@@ -126,7 +126,7 @@ func seeds(t *testing.T, n uint64) (first, count uint64) {
 }
 
 func TestSimulation(t *testing.T) {
-	first, count := seeds(t, 20000)
+	first, count := seeds(t, 10000)
 	var met coverage
 	for seed := first; seed < first+count; seed++ {
 		if err := play(seed, faultNone, ownerRight, &met); err != nil {
