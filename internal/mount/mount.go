@@ -122,7 +122,7 @@ func mountpoint(dir string) (string, error) {
 func mountExport(ctx context.Context, export *fuseloop.Export, s *server, part block.Range, fs fileSystem, at string, o Options) error {
 	short, cancel := context.WithTimeout(ctx, attachWait)
 	defer cancel()
-	dev, err := export.Attach(short, loop.Options{AutoClear: true, Offset: part.Off, SizeLimit: part.Len}, s.kill)
+	dev, err := export.Attach(short, loop.Options{AutoClear: true, DirectIO: true, Offset: part.Off, SizeLimit: part.Len}, s.kill)
 	if err != nil {
 		return err
 	}

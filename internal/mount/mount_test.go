@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -87,6 +88,12 @@ func (c *cover) WriteAt(p []byte, off int64) (int, error) {
 func (c *cover) Close() error { return os.Remove(c.scratch) }
 
 func TestMain(m *testing.M) {
+	if len(os.Args) == 6 && os.Args[1] == "mounter" {
+		if err := mounter(os.Args[2], os.Args[3], os.Args[4], os.Args[5]); err != nil {
+			os.Exit(1)
+		}
+		return
+	}
 	if len(os.Args) < 2 || !strings.HasPrefix(os.Args[1], "mount-serve") {
 		os.Exit(m.Run())
 	}
@@ -248,6 +255,76 @@ func checkTree(t *testing.T, path string, o Options) {
 		t.Fatal(err)
 	}
 	gone(t, o, dir)
+}
+
+// TestFlusher: no thread of the server can wait for the device that it serves.
+func TestFlusher(t *testing.T) {
+	testkit.Need(t, "ioflusher")
+	d := testkit.NewDisk(t, sizes["ext4"])
+	testkit.Mkfs(t, d.Path, "ext4")
+	path := filepath.Join(t.TempDir(), "image")
+	testkit.Run(t, "cp", "--sparse=always", d.File, path)
+	o := options(t, path)
+	dir, err := mountAt(t, path, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const memallocNoIO = 0x80000 // PF_MEMALLOC_NOIO
+	stats, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", serverOf(o)))
+	if len(stats) == 0 {
+		t.Error("no serving process was found")
+	}
+	for _, p := range stats {
+		b, err := os.ReadFile(p)
+		if err != nil {
+			continue // a thread that ended
+		}
+		fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+		if flags, err := strconv.ParseUint(fields[6], 10, 64); err != nil || flags&memallocNoIO == 0 {
+			t.Errorf("%s: flags %x, %v", p, flags, err)
+		}
+	}
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	gone(t, o, dir)
+}
+
+// TestMounterKilled: when the process that mounts dies on its way, nothing stays.
+func TestMounterKilled(t *testing.T) {
+	d := testkit.NewDisk(t, sizes["ext4"])
+	testkit.Mkfs(t, d.Path, "ext4")
+	path := filepath.Join(t.TempDir(), "image")
+	testkit.Run(t, "cp", "--sparse=always", d.File, path)
+	o := options(t, path)
+	for _, wait := range []time.Duration{0, 5 * time.Millisecond, 20 * time.Millisecond} {
+		dir := t.TempDir()
+		cmd := exec.Command(os.Args[0], "mounter", path, dir, o.Server[1], o.Scratch)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "serving", func() bool { return serverOf(o) != 0 })
+		time.Sleep(wait) // another place to be killed at
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if err := unix.Unmount(dir, 0); err != nil && !errors.Is(err, unix.EINVAL) { // it may have come that far
+			t.Error(err)
+		}
+		gone(t, o, dir)
+	}
+}
+
+// mounter is the process that TestMounterKilled kills.
+func mounter(path, dir, verb, scratch string) error {
+	view, err := openImage(path)
+	if err != nil {
+		return err
+	}
+	spec, err := json.Marshal(path)
+	if err != nil {
+		return err
+	}
+	return Mount(context.Background(), view, dir, Options{Spec: spec, Server: []string{os.Args[0], verb}, Scratch: scratch})
 }
 
 // withoutOriginal sees that a btrfs is refused while its original is mounted,

@@ -17,6 +17,7 @@ import (
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
 )
 
 // probes say why a feature is not there; nil means that it is.
@@ -41,6 +42,10 @@ var probes = map[string]func() error{
 	"dm":         func() error { return access("/dev/mapper/control") },
 	"ublk":       func() error { return access("/dev/ublk-control") },
 	"cuse":       func() error { return access("/dev/cuse") },
+	"ioflusher": func() error { // PR_SET_IO_FLUSHER: needs CAP_SYS_RESOURCE, which containers often lack
+		_, err := unix.PrctlRetInt(unix.PR_GET_IO_FLUSHER, 0, 0, 0, 0)
+		return err
+	},
 }
 
 var probed sync.Map
