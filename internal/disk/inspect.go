@@ -80,11 +80,7 @@ func Inspect(spec string) (*Info, error) { return Host{}.Inspect(spec) }
 
 // Inspect is the function of the same name for this host.
 func (h Host) Inspect(spec string) (*Info, error) {
-	name, err := h.resolve(spec)
-	if err != nil {
-		return nil, err
-	}
-	i, err := h.facts(name)
+	i, err := h.named(spec)
 	if err != nil {
 		return nil, err
 	}
@@ -93,6 +89,24 @@ func (h Host) Inspect(spec string) (*Info, error) {
 		return nil, err
 	}
 	return i, nil
+}
+
+// Glance is Inspect without reading the device, which can wait while something
+// below it is frozen or away. Identity and what else the content tells is missing.
+func Glance(spec string) (*Info, error) {
+	i, err := Host{}.named(spec)
+	if err != nil {
+		return nil, err
+	}
+	return i, i.host.surround(i)
+}
+
+func (h Host) named(spec string) (*Info, error) {
+	name, err := h.resolve(spec)
+	if err != nil {
+		return nil, err
+	}
+	return h.facts(name)
 }
 
 // surround adds what has to do with other devices.

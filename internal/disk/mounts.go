@@ -15,6 +15,7 @@ import (
 
 // Mount is one mounted file system.
 type Mount struct {
+	ID      int      `json:"id"` // in this mount namespace, as in /proc/PID/fdinfo
 	Point   string   `json:"point"`
 	FS      string   `json:"fs"`
 	Source  string   `json:"source"`
@@ -90,7 +91,7 @@ func (v *survey) readMounts() error {
 	var lost []int // btrfs whose source means nothing here
 	claimed := map[string]bool{}
 	for _, i := range infos {
-		m := Mount{Point: i.Mountpoint, FS: i.FSType, Source: i.Source, Dev: uint32(i.Major)<<20 | uint32(i.Minor),
+		m := Mount{ID: i.ID, Point: i.Mountpoint, FS: i.FSType, Source: i.Source, Dev: uint32(i.Major)<<20 | uint32(i.Minor),
 			Options: sortedSet(strings.Split(i.Options+","+i.VFSOptions, ","))}
 		m.Devices = v.devicesOfSource(m)
 		for _, d := range m.Devices {
