@@ -10,6 +10,7 @@ help:
 	@echo "make build     one binary: bin/tidemark"
 	@echo "make demo      protect a busy disk, ruin it, recover it (root)"
 	@echo "make test      every test that this machine can run"
+	@echo "make vm        only those in virtual machines with Debian's kernels"
 	@echo "make bench     benchmarks (docs/performance.md)"
 	@echo "make generate  compile the eBPF programs anew (clang)"
 	@echo "make lint      gofmt, vet, staticcheck, generated files"
@@ -26,6 +27,11 @@ test: build
 	@test/setup.sh
 	@test/run.sh
 
+vm:
+	@test/need.sh
+	@test/setup.sh
+	TIDEMARK_REQUIRE=vm $(GO) test -count=1 -timeout 60m -v ./test/vm
+
 bench:
 	@test/need.sh
 	$(GO) test -run '^$$' -bench . -benchtime 5000x -p 1 ./internal/...
@@ -37,5 +43,6 @@ lint:
 	@test/need.sh
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo "gofmt these files"; exit 1; }
 	$(GO) vet ./...
+	$(GO) vet -tags guest ./test/vm/...
 	$(GO) run $(STATICCHECK) ./...
 	@test/generated.sh

@@ -37,6 +37,7 @@ var layer = map[string][]string{
 
 	// One kernel facility each.
 	"internal/uring":   {},
+	"internal/vfs":     {},
 	"internal/loop":    {"internal/block", "internal/abi/ioctl"},
 	"internal/disk":    {"internal/block", "internal/health"},
 	"internal/backing": {"internal/block", "internal/uring"},
@@ -49,7 +50,7 @@ var layer = map[string][]string{
 	"internal/fill":     {"internal/block", "internal/stream"},
 	"internal/tap":      {"internal/block", "internal/cbt", "internal/disk", "internal/health", "internal/loop", "internal/stream", "bpf"},
 	"internal/segment":  {"internal/block", "internal/stream"},
-	"internal/spool":    {"internal/block", "internal/health", "internal/segment", "internal/stream"},
+	"internal/spool":    {"internal/block", "internal/health", "internal/segment", "internal/stream", "internal/vfs"},
 	"internal/vault":    {"internal/block", "internal/health", "internal/segment", "internal/stream"},
 	"internal/timeline": {"internal/block", "internal/segment", "internal/stream", "internal/vault"},
 	"internal/restore":  {"internal/block", "internal/loop"},
@@ -65,6 +66,7 @@ var layer = map[string][]string{
 	"internal/front/ublk":     {"internal/block", "internal/abi/ublk", "internal/uring"},
 	"internal/front/nbd":      {"internal/block", "internal/abi/nbd"},
 	"internal/front/loop":     {"internal/block", "internal/loop"},
+	"internal/overlay":        {"internal/block"},
 	"internal/mount":          {"internal/block", "internal/front/loop", "internal/loop"},
 	"internal/serve": {"internal/block", "internal/backing", "internal/cbt", "internal/disk", "internal/filter/...", "internal/front/...",
 		"internal/freeze", "internal/health", "internal/snapshot", "internal/splice", "internal/stack"},
@@ -79,14 +81,15 @@ var layer = map[string][]string{
 	"internal/control/blksnap":  {"internal/block", "internal/abi/blksnap", "internal/control/cuse", "internal/health"},
 	"internal/control/involflt": {"internal/block", "internal/stream", "internal/abi/involflt", "internal/control/cuse", "internal/health"},
 	"internal/daemon":           {"internal/..."},
-	"cmd/tidemark": {"internal/block", "internal/control/api", "internal/daemon", "internal/disk", "internal/segment", "internal/tap", "internal/mount", "internal/doctor", "internal/freeze", "internal/front/...",
+	"cmd/tidemark": {"internal/block", "internal/control/api", "internal/daemon", "internal/disk", "internal/segment", "internal/tap", "internal/mount", "internal/overlay", "internal/doctor", "internal/freeze", "internal/front/...",
 		"internal/health", "internal/restore", "internal/stream", "internal/timeline", "internal/vault"},
 
 	// Tests. What they need from the rest they take as interfaces, so that any package's own tests can use them.
-	"internal/sim":     {"internal/block"},
+	"internal/sim":     {"internal/block", "internal/vfs"},
 	"internal/testkit": {"internal/block", "internal/loop"},
 	"internal/tidy":    {},
 	"test/vm":          {"internal/..."},
+	"test/vm/guest":    {"internal/..."},
 }
 
 func TestTidy(t *testing.T) {

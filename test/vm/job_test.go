@@ -1,0 +1,70 @@
+package vm
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// job is one package's tests, run in the guest.
+type job struct {
+	pkg     string        // folder below the repository's root
+	run     string        // pattern of go test -run; empty: all
+	timeout time.Duration // of its tests together, in the guest
+
+	binary, out, root string
+}
+
+// build compiles the tests, statically and without the race detector, which
+// emulation makes too slow.
+func (j *job) build(t *testing.T, dir string, n int) {
+	t.Helper()
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	j.root = root
+	j.out = fmt.Sprintf("%02d-%s", n, strings.ReplaceAll(j.pkg, "/", "-"))
+	j.binary = filepath.Join(dir, j.out+".test")
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-c", "-tags", "guest", "-o", j.binary, "./"+j.pkg)
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v\n%s", cmd, err, out)
+	}
+}
+
+// script is what the guest runs in place of an init. The host's files are all
+// there, at their own paths; what it changes is gone when it ends.
+func (g *guest) script(kernel string) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, `#!/bin/bash
+exec </dev/null >/results/log 2>&1
+touch /results/booted
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C DM_DISABLE_UDEV=1
+export TIDEMARK_REQUIRE=root,tap,loop,fuse,dm TIDEMARK_SKIPS=/results/skips
+mkdir -p /dev/shm /dev/pts /run
+mount -t tmpfs shm /dev/shm
+mount -t devpts pts /dev/pts
+mount -t tmpfs run /run
+mount -t bpf bpf /sys/fs/bpf
+mount -t tracefs trace /sys/kernel/tracing
+[ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
+ln -sfn %[1]s/lib/modules/$(uname -r) /lib/modules/$(uname -r)
+modprobe loop max_loop=8
+for m in fuse virtio_blk dm-mod ext4 xfs btrfs; do modprobe $m; done
+busybox ip link set lo up
+`, quote(kernel))
+	for _, j := range g.jobs {
+		fmt.Fprintf(&b, "cd %s && timeout -k 5 %d %s -test.v=test2json -test.timeout=%v -test.run=%s >/results/%s.out 2>&1\necho $? >/results/%[6]s.exit\n",
+			quote(filepath.Join(j.root, j.pkg)), int(j.timeout.Seconds())+10, quote(j.binary), j.timeout, quote(j.run), j.out)
+	}
+	b.WriteString("dmesg | grep -E 'BUG|WARNING|Call Trace' >/results/kernel-complaints\ntouch /results/finished\nsync\necho o >/proc/sysrq-trigger\nsleep 60\n")
+	return b.String()
+}
+
+func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }

@@ -1,0 +1,56 @@
+// Package vm runs tests on other kernels than this machine's: it boots Debian
+// kernels under emulation, runs test binaries in them, and reports each of their
+// tests as one of its own. docs/kernel-notes.md tells how to add one.
+package vm
+
+import (
+	"testing"
+	"time"
+
+	"tidemark/internal/testkit"
+)
+
+// jobs is what every guest runs.
+func jobs() []job {
+	return []job{
+		{pkg: "test/vm/guest", timeout: 5 * time.Minute},
+		{pkg: "internal/tap", timeout: 5 * time.Minute},
+		{pkg: "internal/loop", timeout: 2 * time.Minute},
+		{pkg: "internal/disk", timeout: 2 * time.Minute},
+		{pkg: "internal/freeze", timeout: 3 * time.Minute},
+		{pkg: "internal/front/loop", timeout: 3 * time.Minute},
+		{pkg: "internal/mount", timeout: 5 * time.Minute},
+	}
+}
+
+func TestDebian61(t *testing.T)  { runGuest(t, "bookworm") }
+func TestDebian612(t *testing.T) { runGuest(t, "bookworm-backports") }
+
+func runGuest(t *testing.T, suite string) {
+	testkit.Need(t, "vm")
+	g := &guest{suite: suite, jobs: jobs(), timeout: 12 * time.Minute}
+	g.report(t, g.boot(t))
+}
+
+// TestReport: what a guest prints becomes the same tree of results, also where it was cut off.
+func TestReport(t *testing.T) {
+	const printed = "\x16=== RUN   TestA\n\x16=== RUN   TestA/x\n    a_test.go:1: why\n\x16--- FAIL: TestA/x (0.50s)\n" +
+		"\x16=== NAME  TestA\n\x16--- FAIL: TestA (0.50s)\n\x16=== NAME  \n\x16=== RUN   TestB\n\x16--- PASS: TestB (0.10s)\n\x16=== RUN   TestC\n    c_test.go:1: last words\n"
+	all, err := parse("p", []byte(printed))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all.children) != 3 {
+		t.Fatalf("%d tests", len(all.children))
+	}
+	a, b, c := all.children[0], all.children[1], all.children[2]
+	if a.result != "fail" || len(a.children) != 1 || a.children[0].result != "fail" || a.children[0].name != "x" {
+		t.Errorf("TestA: %+v", a)
+	}
+	if b.result != "pass" || b.elapsed != 0.1 {
+		t.Errorf("TestB: %+v", b)
+	}
+	if c.result != "" && c.result != "fail" {
+		t.Errorf("TestC was cut off and counts as %q", c.result)
+	}
+}
