@@ -6,6 +6,7 @@ import (
 
 	"tidemark/internal/control/api"
 	"tidemark/internal/daemon"
+	"tidemark/internal/mount"
 	"tidemark/internal/restore"
 	"tidemark/internal/segment"
 	"tidemark/internal/stream"
@@ -61,6 +62,7 @@ func exitCode(ctx context.Context, err error) int {
 		{vault.ErrNoGroup, exitNotFound}, {vault.ErrNotVault, exitNotAVault}, {segment.ErrDamaged, exitDamaged},
 		{restore.ErrInUse, exitInUse}, {restore.ErrProtected, exitInUse}, {restore.ErrTooSmall, exitRefused},
 		{restore.ErrNotEmpty, exitRefused}, {restore.ErrDirectory, exitRefused}, {restore.ErrKind, exitRefused}, {restore.ErrVault, exitRefused},
+		{mount.ErrNoFileSystem, exitNotFound}, {mount.ErrPartition, exitUsage}, {mount.ErrSameFS, exitInUse}, {mount.ErrDir, exitUsage},
 		{vault.ErrUnreachable, exitUnreachable}, {daemon.ErrRunning, exitInUse},
 	} {
 		if errors.Is(err, c.is) {

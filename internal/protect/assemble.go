@@ -278,6 +278,9 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 				s.settled = last.Settled
 				return nil
 			}
+			if err := s.tap.SetEnds(true); err != nil { // before the producer's place is noted
+				return err
+			}
 			for i := range s.cfg.Disks {
 				s.reopen(i, h.Unknown(i))
 			}

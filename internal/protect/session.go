@@ -285,7 +285,7 @@ func (s *session) endsOff() error {
 	if s.tap.Drops() > s.seenDrops { // a drop switched it on in this moment
 		return s.tap.SetEnds(true)
 	}
-	return nil
+	return s.tap.ForgetInFlight()
 }
 
 func (s *session) header() segment.Header {

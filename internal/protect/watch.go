@@ -54,6 +54,11 @@ func (s *session) watch() error {
 	}
 	was := s.watched
 	s.watched = now
+	if !s.gapOpen && !s.tap.Ends() {
+		if err := s.tap.ForgetInFlight(); err != nil {
+			return err
+		}
+	}
 	if lost(c) > c.LostRanges { // some left only bits
 		s.mode.applyWhile(s.gapOpen, evDropped, was.valid && lost(c) > lost(was.counters))
 	}
@@ -72,6 +77,9 @@ func (s *session) watch() error {
 func unexplained(was, now watched) string {
 	if now.counters.MissedQueue > was.counters.MissedQueue {
 		return "the kernel skipped the capture program for a write"
+	}
+	if now.counters.MissedCompletions > was.counters.MissedCompletions {
+		return "the kernel skipped a program that looks for failed writes"
 	}
 	for i, d := range now.counters.Disks {
 		old := was.counters.Disks[i]

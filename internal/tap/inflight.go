@@ -42,6 +42,35 @@ func (t *Tap) ScanInFlight() (Scan, error) {
 	}
 }
 
+// ForgetInFlight empties the map of bios in flight, but for disks whose bios are
+// always tracked. Call it while tracking is off: an entry whose end was not
+// tracked would hold Low for good. Removing the entry of a bio that is still on
+// its way is safe: its end is then unknown, and unknown ends become gaps.
+func (t *Tap) ForgetInFlight() error {
+	always := map[uint32]bool{}
+	for _, target := range t.targets {
+		always[target.Whole] = always[target.Whole] || target.BioBased
+	}
+	var key uint64
+	var f flight
+	var stale []uint64
+	it := t.maps["inflight"].Iterate()
+	for it.Next(&key, &f) {
+		if !always[f.Whole] {
+			stale = append(stale, key)
+		}
+	}
+	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		return fmt.Errorf("reading the bios in flight: %w", err)
+	}
+	for _, k := range stale {
+		if err := t.maps["inflight"].Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("forgetting a bio in flight: %w", err)
+		}
+	}
+	return nil
+}
+
 func (t *Tap) add(s *Scan, f flight) {
 	s.InFlight++
 	s.Low = min(s.Low, Place(f.Place))

@@ -51,7 +51,9 @@ func (p pins) remove() error {
 		}
 	}
 	errs = append(errs, os.Remove(p.dir))
-	_ = os.Remove(filepath.Dir(p.dir)) // stays while other groups are in it
+	for dir := filepath.Dir(p.dir); dir != bpffs; dir = filepath.Dir(dir) {
+		_ = os.Remove(dir) // stays while other groups or instances are in it
+	}
 	return errors.Join(errs...)
 }
 
