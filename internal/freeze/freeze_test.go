@@ -215,9 +215,11 @@ func TestCallerKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "thawed after the caller's death", 5*time.Second, func() bool { return !isFrozen(t, a) && !isFrozen(t, b) })
+	_ = cmd.Wait() // says that it was killed
 	eventually(t, "the watchdog ends", 5*time.Second, func() bool {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", dog))
-		return err != nil || strings.Contains(string(b), ") Z ")
+		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", dog)) // a dead first thread does not mean that all are
+		return err != nil || len(tasks) < 2 && strings.Contains(string(b), ") Z ")
 	})
 }
 
