@@ -1,10 +1,10 @@
 package segment
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 
 	"github.com/klauspost/compress/s2"
 
@@ -15,14 +15,20 @@ import (
 // RecordMax bounds the payload of one record, in bytes.
 const RecordMax = 64 << 20
 
-// Builder collects records until they are sealed.
+// sizeMax bounds index and frames, so that their lengths and places fit their fields.
+const sizeMax = 2 << 30
+
+// ErrFull: the segment has no room for the record. Seal it first.
+var ErrFull = errors.New("the segment has reached the most that its format holds")
+
+// Builder collects records until they are sealed. It is used by one goroutine.
 type Builder struct {
 	raw     []byte // payload of the frame under construction
 	frames  []byte // finished frames
 	refs    []byte // the index's table of frames
 	entries []byte
-	extra   []byte // names and ranges
-	payload uint64 // bytes appended
+	marks   []byte
+	deltas  deltas
 	count   int
 	first   stream.Position
 	sealed  Sealed
@@ -31,7 +37,7 @@ type Builder struct {
 	footer  []byte
 }
 
-// Sealed is a finished segment. It is valid until the builder's Reset.
+// Sealed is a finished segment. It is valid until the builder's next Append, Seal or Reset.
 type Sealed struct {
 	Summary Summary
 	parts   [4][]byte
@@ -50,11 +56,12 @@ func (s *Sealed) WriteTo(w io.Writer) (int64, error) {
 	return n, nil
 }
 
-// NewBuilder gives a builder with room for about size bytes of payload.
+// NewBuilder gives a builder with room for about size bytes of payload; it
+// grows where that was too little, and keeps what it has grown to.
 func NewBuilder(size int) *Builder {
 	return &Builder{
 		raw: make([]byte, 0, FrameSize), frames: make([]byte, 0, size+size/16),
-		entries: make([]byte, 0, size/4096*entrySize), footer: make([]byte, footerSize),
+		entries: make([]byte, 0, size/4096*20+1024), footer: make([]byte, footerSize),
 	}
 }
 
@@ -62,12 +69,14 @@ func NewBuilder(size int) *Builder {
 func (b *Builder) Records() int { return b.count }
 
 // Size is about how many bytes the segment has by now.
-func (b *Builder) Size() int { return len(b.frames) + len(b.raw) + len(b.entries) + len(b.extra) }
+func (b *Builder) Size() int {
+	return len(b.frames) + len(b.raw) + len(b.entries) + len(b.refs) + len(b.marks)
+}
 
 // Reset forgets everything appended.
 func (b *Builder) Reset() {
-	b.raw, b.frames, b.refs, b.entries, b.extra = b.raw[:0], b.frames[:0], b.refs[:0], b.entries[:0], b.extra[:0]
-	b.payload, b.count, b.first = 0, 0, 0
+	b.raw, b.frames, b.refs, b.entries, b.marks = b.raw[:0], b.frames[:0], b.refs[:0], b.entries[:0], b.marks[:0]
+	b.deltas, b.count, b.first = deltas{}, 0, 0
 }
 
 // Append copies a record. An error leaves the builder as it was.
@@ -75,85 +84,99 @@ func (b *Builder) Append(r *stream.Record) error {
 	if err := check(r); err != nil {
 		return err
 	}
+	if b.Size()+len(r.Payload)+len(r.Name)+24*len(r.Ranges) > sizeMax-(1<<20) {
+		return ErrFull
+	}
 	if b.first == 0 && r.Kind.TakesPosition() {
 		b.first = r.Position
 	}
-	extraAt := len(b.extra)
-	switch r.Kind {
-	case stream.KindBookmark:
-		b.extra = append(b.extra, r.Name...)
-	case stream.KindGap:
-		for _, g := range r.Ranges {
-			b.extra = le.AppendUint64(b.extra, uint64(g.Disk))
-			b.extra = le.AppendUint64(b.extra, uint64(g.Off))
-			b.extra = le.AppendUint64(b.extra, uint64(g.Len))
-		}
+	if b.count%restartEvery == 0 {
+		b.deltas = deltas{}
 	}
-	e := append(b.entries, byte(r.Kind), byte(r.Op), byte(r.Fill), byte(r.Cause), byte(r.Consistency), 0)
-	e = le.AppendUint16(e, uint16(r.Disk))
-	e = le.AppendUint64(e, uint64(r.Position))
-	e = le.AppendUint64(e, uint64(r.ValidFrom))
-	e = le.AppendUint64(e, uint64(r.Base))
-	e = le.AppendUint64(e, uint64(r.Time))
-	e = le.AppendUint64(e, uint64(r.Range.Off))
-	e = le.AppendUint64(e, uint64(r.Range.Len))
-	e = le.AppendUint64(e, b.payload)
-	e = le.AppendUint32(e, uint32(extraAt))
-	b.entries = le.AppendUint32(e, uint32(len(b.extra)-extraAt))
+	b.makeRoom(len(r.Payload))
+	at := uint64(len(b.refs)/frameRef*FrameSize + len(b.raw))
+	b.entries = b.deltas.encode(b.entries, r, at)
 	b.count++
 	b.put(r.Payload)
 	return nil
 }
 
+// Mark notes the state of the stream after the records so far: the segment
+// could end here. A torn file is cut back to its last mark that is whole, so
+// whoever wants that calls it between records now and then; it costs 72 bytes.
+func (b *Builder) Mark(s State) {
+	if n := len(b.marks); n > 0 && int(le.Uint32(b.marks[n-markSize:])) == b.count {
+		b.marks = b.marks[:n-markSize]
+	}
+	b.marks = le.AppendUint32(b.marks, uint32(b.count))
+	b.marks = le.AppendUint32(b.marks, 0)
+	b.marks = appendState(b.marks, &s)
+}
+
 func check(r *stream.Record) error {
-	data := r.Kind == stream.KindWrite && r.Op == block.OpWrite || r.Kind == stream.KindFill && r.Fill == stream.FillData
+	data := hasPayload(r)
 	switch {
+	case r.Kind < stream.KindWrite || r.Kind > stream.KindSettled || sub(r) > 15:
+		return fmt.Errorf("a record of %s with %d: this build knows no such", r.Kind, sub(r))
 	case data && int64(len(r.Payload)) != r.Range.Len:
 		return fmt.Errorf("%s of %s with a payload of %d bytes", r.Kind, r.Range, len(r.Payload))
 	case !data && len(r.Payload) > 0:
 		return fmt.Errorf("%s with a payload of %d bytes", r.Kind, len(r.Payload))
 	case len(r.Payload) > RecordMax:
 		return fmt.Errorf("payload of %d bytes: at most %d", len(r.Payload), RecordMax)
-	case r.Disk < 0 || r.Disk > 1<<16-1 || len(r.Name) > stream.NameMax:
-		return errors.New("record out of bounds")
+	case len(r.Name) > stream.NameMax:
+		return fmt.Errorf("bookmark name has %d bytes: at most %d", len(r.Name), stream.NameMax)
+	case !sane(r.Disk, r.Range):
+		return fmt.Errorf("%s of disk %d, range %s: out of bounds", r.Kind, r.Disk, r.Range)
+	}
+	for _, g := range r.Ranges {
+		if !sane(g.Disk, g.Range) {
+			return fmt.Errorf("gap of disk %d, range %s: out of bounds", g.Disk, g.Range)
+		}
 	}
 	return nil
 }
 
-func (b *Builder) put(p []byte) {
-	b.payload += uint64(len(p))
-	for len(p) > 0 {
-		n := min(len(p), FrameSize-len(b.raw))
-		if n == FrameSize { // a whole frame: no copy
-			b.frame(p[:n])
-		} else if b.raw = append(b.raw, p[:n]...); len(b.raw) == FrameSize {
-			b.frame(b.raw)
-			b.raw = b.raw[:0]
-		}
-		p = p[n:]
+func sane(disk int, r block.Range) bool {
+	return disk >= 0 && disk <= math.MaxUint16 && r.Off >= 0 && r.Len >= 0 && r.Off <= math.MaxInt64-r.Len
+}
+
+// makeRoom ends the frame under construction where a payload of n bytes would
+// not lie in it as a whole.
+func (b *Builder) makeRoom(n int) {
+	if len(b.raw) > 0 && len(b.raw)+n > FrameSize {
+		b.frame(b.raw)
+		b.raw = b.raw[:0]
 	}
 }
 
-// frame compresses one frame, unless that saves less than a sixteenth.
+func (b *Builder) put(p []byte) {
+	for len(p) >= FrameSize { // a whole frame: no copy
+		b.frame(p[:FrameSize])
+		p = p[FrameSize:]
+	}
+	if b.raw = append(b.raw, p...); len(b.raw) == FrameSize {
+		b.frame(b.raw)
+		b.raw = b.raw[:0]
+	}
+}
+
+// frame compresses one frame, unless that saves less than a twentieth.
 func (b *Builder) frame(raw []byte) {
 	at := len(b.frames)
-	most := frameHead + max(s2.MaxEncodedLen(len(raw)), len(raw)) + 4
+	most := max(s2.MaxEncodedLen(len(raw)), len(raw))
 	b.frames = grow(b.frames, most)
 	out := b.frames[at : at+most]
 	codec := byte(codecS2)
-	stored := len(s2.Encode(out[frameHead:], raw))
-	if stored > len(raw)-len(raw)/16 {
-		codec, stored = codecRaw, copy(out[frameHead:], raw)
+	stored := len(s2.Encode(out, raw))
+	if stored > len(raw)-len(raw)/20-1 {
+		codec, stored = codecRaw, copy(out, raw)
 	}
-	copy(out, magicFrame[:])
-	out[4], out[5], out[6], out[7] = codec, 0, 0, 0
-	le.PutUint32(out[8:], uint32(len(raw)))
-	le.PutUint32(out[12:], uint32(stored))
-	le.PutUint32(out[frameHead+stored:], crc(out[:frameHead+stored]))
-	b.frames = b.frames[:at+frameHead+stored+4]
-	b.refs = le.AppendUint64(b.refs, uint64(at))
-	b.refs = le.AppendUint32(b.refs, uint32(len(raw)))
+	b.frames = b.frames[:at+stored]
 	b.refs = le.AppendUint32(b.refs, uint32(stored))
+	b.refs = le.AppendUint32(b.refs, uint32(len(raw)))
+	b.refs = le.AppendUint32(b.refs, crc(out[:stored]))
+	b.refs = append(b.refs, codec, 0, 0, 0)
 }
 
 // grow gives b room for n more bytes, with them in its length.
@@ -166,8 +189,8 @@ func grow(b []byte, n int) []byte {
 	return b[:len(b)+n]
 }
 
-// Seal finishes the segment. The result is valid until Reset; sealing again
-// gives the same bytes for the same arguments.
+// Seal finishes the segment. Sealing again gives the same bytes for the same
+// arguments, and Append may go on after it.
 func (b *Builder) Seal(h Header, s State) (*Sealed, error) {
 	if len(b.raw) > 0 {
 		// Appending goes on after a seal that the spool refused: the frame in
@@ -176,26 +199,15 @@ func (b *Builder) Seal(h Header, s State) (*Sealed, error) {
 		b.frame(b.raw)
 		defer func() { b.frames, b.refs = b.frames[:frames], b.refs[:refs] }()
 	}
-	text, err := json.Marshal(h)
-	if err != nil {
+	var err error
+	if b.head, err = appendHeader(b.head[:0], &h); err != nil {
 		return nil, err
 	}
-	if len(text) > headerMax {
-		return nil, fmt.Errorf("header of %d bytes: at most %d", len(text), headerMax)
-	}
-	b.head = append(b.head[:0], magicHeader[:]...)
-	b.head = le.AppendUint32(b.head, version)
-	b.head = le.AppendUint32(b.head, uint32(len(text)))
-	b.head = append(b.head, text...)
-	b.head = le.AppendUint32(b.head, crc(b.head))
-
 	ix := append(b.index[:0], magicIndex[:]...)
-	ix = le.AppendUint32(ix, uint32(len(b.refs)/frameRef))
-	ix = le.AppendUint32(ix, uint32(b.count))
-	ix = le.AppendUint32(ix, uint32(len(b.extra)))
-	ix = le.AppendUint32(ix, 0)
-	ix = le.AppendUint64(ix, b.payload)
-	ix = append(append(append(ix, b.refs...), b.entries...), b.extra...)
+	for _, n := range [...]int{0 /*flags*/, len(b.refs) / frameRef, b.count, len(b.marks) / markSize, len(b.entries), 0, 0, 0, 0, 0} {
+		ix = le.AppendUint32(ix, uint32(n))
+	}
+	ix = append(append(append(ix, b.refs...), b.marks...), b.entries...)
 	b.index = le.AppendUint32(ix, crc(ix))
 
 	first := b.first
@@ -205,7 +217,7 @@ func (b *Builder) Seal(h Header, s State) (*Sealed, error) {
 	sum := Summary{State: s, Sequence: h.Sequence, First: first, Records: b.count}
 	sum.Size = int64(len(b.head) + len(b.frames) + len(b.index) + footerSize)
 	b.putFooter(&sum)
-	b.sealed = Sealed{Summary: sum, parts: [4][]byte{b.head, b.frames, b.index, b.footer}}
+	b.sealed = Sealed{Summary: sum, parts: [4][]byte{b.head, b.index, b.frames, b.footer}}
 	return &b.sealed, nil
 }
 
@@ -216,20 +228,14 @@ func (b *Builder) putFooter(s *Summary) {
 	le.PutUint32(f[8:], version)
 	le.PutUint32(f[16:], uint32(len(b.head)))
 	le.PutUint32(f[20:], crc(b.head))
-	le.PutUint64(f[24:], uint64(len(b.head)+len(b.frames)))
-	le.PutUint64(f[32:], uint64(len(b.index)))
-	le.PutUint32(f[40:], crc(b.index))
+	le.PutUint32(f[24:], uint32(len(b.index)))
+	le.PutUint32(f[28:], crc(b.index))
+	le.PutUint64(f[32:], uint64(len(b.frames)))
+	le.PutUint64(f[40:], uint64(s.Size))
 	le.PutUint64(f[48:], s.Sequence)
 	le.PutUint64(f[56:], uint64(s.First))
-	le.PutUint64(f[64:], uint64(s.Last))
-	le.PutUint64(f[72:], uint64(s.Settled))
-	le.PutUint64(f[80:], uint64(s.GapSince))
-	le.PutUint64(f[88:], uint64(s.Time))
-	copy(f[96:], s.Source.Ring[:])
-	le.PutUint64(f[112:], s.Source.Place)
-	le.PutUint64(f[120:], s.Source.Drops)
-	le.PutUint64(f[128:], uint64(s.Records))
-	le.PutUint64(f[136:], uint64(s.Size))
-	le.PutUint32(f[footerSize-4:], crc(f[:footerSize-4]))
+	le.PutUint64(f[64:], uint64(s.Records))
+	appendState(f[72:72], &s.State)
+	le.PutUint32(f[footerSize-sumSize:], crc(f[:footerSize-sumSize]))
 	s.Digest = digestOf(f)
 }

@@ -2,7 +2,6 @@ package segment
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,21 +14,27 @@ import (
 
 // Segment is an opened segment: its header, summary and index are in memory and
 // were checked; payloads are read, and checked, when they are asked for.
+//
+// Frame and ReadPayload may be called concurrently, Entry and Records not.
 type Segment struct {
-	r       io.ReaderAt
-	header  Header
-	summary Summary
-	base    int64 // of the frames
-	refs    []byte
-	entries []byte
-	extra   []byte
-	payload uint64
+	r        io.ReaderAt
+	header   Header
+	summary  Summary
+	refs     []byte
+	frameAt  []int64 // where each frame lies in the file, and the end of the last
+	marks    []byte
+	entries  []byte
+	restarts []uint32 // where every restartEvery-th entry begins
+	count    int
+	payload  uint64 // place behind the last payload
+	cursor   cursor
 }
 
-// Entry is a record without its payload, and where that lies.
-type Entry struct {
-	stream.Record
-	At uint64 // of the payload among all payloads of the segment
+// cursor stands before entry i.
+type cursor struct {
+	i int
+	r reader
+	d deltas
 }
 
 func damaged(format string, args ...any) error {
@@ -42,10 +47,7 @@ func ReadSummary(r io.ReaderAt, size int64) (Summary, error) {
 	return s, err
 }
 
-type where struct {
-	headLen, headCRC, indexCRC uint32
-	indexAt, indexLen          int64
-}
+type where struct{ headLen, headCRC, indexLen, indexCRC uint32 }
 
 func readFooter(r io.ReaderAt, size int64) (s Summary, w where, err error) {
 	if size < footerSize+headerHead+indexHead {
@@ -55,22 +57,18 @@ func readFooter(r io.ReaderAt, size int64) (s Summary, w where, err error) {
 	if err := readFull(r, f, size-footerSize); err != nil {
 		return s, w, err
 	}
-	if !bytes.Equal(f[:8], magicFooter[:]) || crc(f[:footerSize-4]) != le.Uint32(f[footerSize-4:]) {
+	if !bytes.Equal(f[:8], magicFooter[:]) || crc(f[:footerSize-sumSize]) != le.Uint32(f[footerSize-sumSize:]) {
 		return s, w, damaged("the footer's checksum does not fit")
 	}
-	if v := le.Uint32(f[8:]); v != version {
-		return s, w, fmt.Errorf("%w: %d, this build reads %d", ErrVersion, v, version)
+	if v, flags := le.Uint32(f[8:]), le.Uint32(f[12:]); v != version || flags != 0 {
+		return s, w, fmt.Errorf("%w: %d with flags %#x, this build reads %d", ErrVersion, v, flags, version)
 	}
-	w = where{headLen: le.Uint32(f[16:]), headCRC: le.Uint32(f[20:]), indexAt: int64(le.Uint64(f[24:])), indexLen: int64(le.Uint64(f[32:])), indexCRC: le.Uint32(f[40:])}
-	s.Sequence, s.First, s.Last = le.Uint64(f[48:]), stream.Position(le.Uint64(f[56:])), stream.Position(le.Uint64(f[64:]))
-	s.Settled, s.GapSince, s.Time = stream.Position(le.Uint64(f[72:])), stream.Position(le.Uint64(f[80:])), int64(le.Uint64(f[88:]))
-	copy(s.Source.Ring[:], f[96:])
-	s.Source.Place, s.Source.Drops = le.Uint64(f[112:]), le.Uint64(f[120:])
-	s.Records, s.Size = int(le.Uint64(f[128:])), int64(le.Uint64(f[136:]))
-	s.Digest = digestOf(f)
-	end := size - footerSize
-	if s.Size != size || w.headLen < headerHead+4 || w.headLen > headerMax+headerHead+4 || int64(w.headLen) > w.indexAt ||
-		w.indexLen < indexHead+4 || w.indexAt > end || w.indexLen != end-w.indexAt {
+	w = where{headLen: le.Uint32(f[16:]), headCRC: le.Uint32(f[20:]), indexLen: le.Uint32(f[24:]), indexCRC: le.Uint32(f[28:])}
+	frames := le.Uint64(f[32:])
+	s = Summary{State: readState(f[72:]), Sequence: le.Uint64(f[48:]), First: stream.Position(le.Uint64(f[56:])),
+		Records: int(le.Uint64(f[64:])), Size: int64(le.Uint64(f[40:])), Digest: digestOf(f)}
+	if s.Size != size || w.headLen < headerHead+sumSize || w.headLen > headerMax || w.indexLen < indexHead+sumSize ||
+		frames > uint64(size) || int64(w.headLen)+int64(w.indexLen)+int64(frames)+footerSize != size {
 		return s, w, damaged("the footer tells of a file of %d bytes with other parts", s.Size)
 	}
 	return s, w, nil
@@ -81,141 +79,163 @@ func readFull(r io.ReaderAt, b []byte, off int64) error {
 	if n == len(b) {
 		return nil
 	}
-	if errors.Is(err, io.EOF) {
+	if err == nil || errors.Is(err, io.EOF) {
 		return damaged("the file ends at byte %d", off+int64(n))
 	}
 	return err
 }
 
 // Open reads and checks everything but the payloads. Errors wrap ErrDamaged or
-// ErrVersion, or are the reader's own.
+// ErrVersion, or are the reader's own. What it allocates is bounded by a small
+// multiple of the file's size.
 func Open(r io.ReaderAt, size int64) (*Segment, error) {
 	sum, w, err := readFooter(r, size)
 	if err != nil {
 		return nil, err
 	}
-	s := &Segment{r: r, summary: sum, base: int64(w.headLen)}
-	head := make([]byte, w.headLen)
-	if err := readFull(r, head, 0); err != nil {
+	b := make([]byte, int64(w.headLen)+int64(w.indexLen))
+	if err := readFull(r, b, 0); err != nil {
 		return nil, err
 	}
-	if err := s.parseHeader(head, w.headCRC); err != nil {
+	head, ix := b[:w.headLen], b[w.headLen:]
+	if crc(head) != w.headCRC || crc(ix) != w.indexCRC {
+		return nil, damaged("the footer belongs to another header or index")
+	}
+	s := &Segment{r: r, summary: sum}
+	if s.header, err = parseHeader(head); err != nil {
 		return nil, err
 	}
-	ix := make([]byte, w.indexLen)
-	if err := readFull(r, ix, w.indexAt); err != nil {
+	if s.header.Sequence != sum.Sequence {
+		return nil, damaged("the header says sequence %d, the footer %d", s.header.Sequence, sum.Sequence)
+	}
+	if err := s.parseIndex(ix, int64(len(b))); err != nil {
 		return nil, err
 	}
-	if crc(ix) != w.indexCRC {
-		return nil, damaged("the index's checksum does not fit")
+	if s.count != sum.Records || s.frameAt[len(s.frameAt)-1] != size-footerSize {
+		return nil, damaged("the index tells of %d records and the footer of %d, or of other frames", s.count, sum.Records)
 	}
-	return s, s.parseIndex(ix, w.indexAt)
+	return s, nil
 }
 
-func (s *Segment) parseHeader(b []byte, want uint32) error {
-	body, sum := b[:len(b)-4], le.Uint32(b[len(b)-4:])
-	if crc(b) != want || crc(body) != sum || !bytes.Equal(b[:8], magicHeader[:]) || int(le.Uint32(b[12:])) != len(body)-headerHead {
-		return damaged("the header's checksum does not fit")
-	}
-	if v := le.Uint32(b[8:]); v != version {
-		return fmt.Errorf("%w: %d, this build reads %d", ErrVersion, v, version)
-	}
-	if err := json.Unmarshal(body[headerHead:], &s.header); err != nil {
-		return damaged("the header: %v", err)
-	}
-	if s.header.Sequence != s.summary.Sequence {
-		return damaged("the header says sequence %d, the footer %d", s.header.Sequence, s.summary.Sequence)
-	}
-	return nil
+// indexLen says how long the index that begins with b is.
+func indexLen(b []byte) int64 {
+	n := func(at int) int64 { return int64(le.Uint32(b[at:])) }
+	return indexHead + n(12)*frameRef + n(20)*markSize + n(24) + sumSize
 }
 
-func (s *Segment) parseIndex(b []byte, framesEnd int64) error {
-	body, sum := b[:len(b)-4], le.Uint32(b[len(b)-4:])
-	if crc(body) != sum || !bytes.Equal(b[:8], magicIndex[:]) {
+func (s *Segment) parseIndex(b []byte, base int64) error {
+	body := b[:len(b)-sumSize]
+	if !bytes.Equal(b[:8], magicIndex[:]) || crc(body) != le.Uint32(b[len(body):]) || indexLen(b) != int64(len(b)) {
 		return damaged("the index's checksum does not fit")
 	}
-	frames, entries, extra := uint64(le.Uint32(b[8:])), uint64(le.Uint32(b[12:])), uint64(le.Uint32(b[16:]))
-	s.payload = le.Uint64(b[24:])
+	if flags := le.Uint32(b[8:]); flags != 0 {
+		return fmt.Errorf("%w: its index has flags %#x", ErrVersion, flags)
+	}
+	frames, marks := int(le.Uint32(b[12:])), int(le.Uint32(b[20:]))
+	s.count = int(le.Uint32(b[16:]))
 	rest := body[indexHead:]
-	if frames*frameRef+entries*entrySize+extra != uint64(len(rest)) || entries != uint64(s.summary.Records) ||
-		frames != (s.payload+FrameSize-1)/FrameSize {
-		return damaged("the index's sizes do not fit")
-	}
 	s.refs, rest = rest[:frames*frameRef], rest[frames*frameRef:]
-	s.entries, s.extra = rest[:entries*entrySize], rest[entries*entrySize:]
-	var at uint64
-	for i := uint64(0); i < frames; i++ {
-		ref := s.refs[i*frameRef:]
-		want := uint64(FrameSize)
-		if i == frames-1 {
-			want = s.payload - i*FrameSize
-		}
-		if le.Uint64(ref) != at || uint64(le.Uint32(ref[8:])) != want {
-			return damaged("frame %d is not where it should be", i)
-		}
-		at += frameHead + uint64(le.Uint32(ref[12:])) + 4
+	s.marks, s.entries = rest[:marks*markSize], rest[marks*markSize:]
+	if s.count > len(s.entries) {
+		return damaged("the index tells of %d records", s.count)
 	}
-	if s.base+int64(at) != framesEnd {
-		return damaged("the frames do not end where the index begins")
+	if err := s.parseFrames(base); err != nil {
+		return err
 	}
-	for i := range s.Len() {
-		if _, err := s.entry(i); err != nil {
-			return err
+	return s.parseEntries()
+}
+
+func (s *Segment) parseFrames(at int64) error {
+	n := len(s.refs) / frameRef
+	s.frameAt = make([]int64, n+1)
+	for i := range n {
+		stored, raw, codec := s.ref(i)
+		if raw == 0 || raw > FrameSize || stored == 0 || stored > raw || codec == codecRaw && stored != raw {
+			return damaged("frame %d has %d bytes for %d", i, stored, raw)
 		}
+		s.frameAt[i] = at
+		at += int64(stored)
+	}
+	s.frameAt[n] = at
+	if n > 0 {
+		_, raw, _ := s.ref(n - 1)
+		s.payload = uint64(n-1)*FrameSize + uint64(raw)
 	}
 	return nil
 }
 
-// Header, Summary and Len say whose and how many records these are.
-func (s *Segment) Header() Header   { return s.header }
-func (s *Segment) Summary() Summary { return s.summary }
-func (s *Segment) Len() int         { return len(s.entries) / entrySize }
-
-// Entry is the i-th record in stream order. Its Ranges are decoded anew at each call.
-func (s *Segment) Entry(i int) Entry {
-	e, err := s.entry(i)
-	if err != nil {
-		panic(err) // Open has decoded every entry
-	}
-	return e
+func (s *Segment) ref(i int) (stored, raw uint32, codec byte) {
+	b := s.refs[i*frameRef:]
+	return le.Uint32(b), le.Uint32(b[4:]), b[12]
 }
 
-func (s *Segment) entry(i int) (Entry, error) {
-	b := s.entries[i*entrySize:][:entrySize]
-	e := Entry{At: le.Uint64(b[56:]), Record: stream.Record{
-		Kind: stream.Kind(b[0]), Op: block.Op(b[1]), Fill: stream.FillOp(b[2]), Cause: stream.Cause(b[3]), Consistency: stream.Consistency(b[4]),
-		Disk: int(le.Uint16(b[6:])), Position: stream.Position(le.Uint64(b[8:])), ValidFrom: stream.Position(le.Uint64(b[16:])),
-		Base: stream.Position(le.Uint64(b[24:])), Time: int64(le.Uint64(b[32:])),
-		Range: block.Range{Off: int64(le.Uint64(b[40:])), Len: int64(le.Uint64(b[48:]))},
-	}}
-	from, n := uint64(le.Uint32(b[64:])), uint64(le.Uint32(b[68:]))
-	if from+n > uint64(len(s.extra)) {
-		return e, damaged("entry %d points past the index", i)
+// parseEntries decodes every entry once, so that later decoding cannot fail.
+func (s *Segment) parseEntries() error {
+	s.restarts = make([]uint32, 0, (s.count+restartEvery-1)/restartEvery)
+	c := cursor{r: reader{b: s.entries}}
+	var e Entry
+	var end uint64
+	for i := range s.count {
+		if i%restartEvery == 0 {
+			s.restarts = append(s.restarts, uint32(len(s.entries)-len(c.r.b)))
+		}
+		c.next(&e)
+		if c.r.bad {
+			return damaged("entry %d cannot be decoded", i)
+		}
+		if err := s.checkEntry(&e, &end); err != nil {
+			return fmt.Errorf("entry %d: %w", i, err)
+		}
 	}
-	extra := s.extra[from : from+n]
+	if len(c.r.b) != 0 {
+		return damaged("%d bytes follow the last entry", len(c.r.b))
+	}
+	return nil
+}
+
+func (c *cursor) next(e *Entry) {
+	if c.i%restartEvery == 0 {
+		c.d = deltas{}
+	}
+	c.d.decode(&c.r, e)
+	c.i++
+}
+
+// checkEntry checks what a record says against disks and frames.
+func (s *Segment) checkEntry(e *Entry, end *uint64) error {
 	switch e.Kind {
-	case stream.KindBookmark:
-		e.Name = string(extra)
 	case stream.KindGap:
-		for ; len(extra) >= 24; extra = extra[24:] {
-			g := block.DiskRange{Disk: int(le.Uint64(extra)), Range: block.Range{Off: int64(le.Uint64(extra[8:])), Len: int64(le.Uint64(extra[16:]))}}
+		for _, g := range e.Ranges {
 			if err := s.inDisk(g.Disk, g.Range); err != nil {
-				return e, err
+				return err
 			}
-			e.Ranges = append(e.Ranges, g)
 		}
+		return nil
 	case stream.KindWrite, stream.KindFill:
-		if err := s.inDisk(e.Disk, e.Range); err != nil {
-			return e, err
-		}
-		if e.HasPayload() && (e.At > s.payload || uint64(e.Range.Len) > s.payload-e.At) {
-			return e, damaged("entry %d points past the payloads", i)
-		}
-	case stream.KindSettled:
 	default:
-		return e, damaged("entry %d is of kind %d", i, e.Kind)
+		return nil
 	}
-	return e, nil
+	if err := s.inDisk(e.Disk, e.Range); err != nil {
+		return err
+	}
+	if !e.HasPayload() || e.Range.Len == 0 {
+		return nil
+	}
+	n := uint64(e.Range.Len)
+	if e.At < *end || e.At > s.payload || n > s.payload-e.At || n > RecordMax {
+		return damaged("a payload of %d bytes at %d of %d", n, e.At, s.payload)
+	}
+	*end = e.At + n
+	first, last := e.At/FrameSize, (*end-1)/FrameSize
+	if first != last && e.At%FrameSize != 0 {
+		return damaged("a payload of %d bytes at %d begins inside a frame that it leaves", n, e.At)
+	}
+	for i := first; i <= last; i++ {
+		if _, raw, _ := s.ref(int(i)); uint64(raw) < min(FrameSize, *end-i*FrameSize) {
+			return damaged("a payload of %d bytes at %d is longer than frame %d", n, e.At, i)
+		}
+	}
+	return nil
 }
 
 func (s *Segment) inDisk(disk int, r block.Range) error {
@@ -228,41 +248,61 @@ func (s *Segment) inDisk(disk int, r block.Range) error {
 	return nil
 }
 
-// HasPayload says whether the record's content is stored with it.
-func (e *Entry) HasPayload() bool {
-	return e.Kind == stream.KindWrite && e.Op == block.OpWrite || e.Kind == stream.KindFill && e.Fill == stream.FillData
+// Header, Summary and Len say whose and how many records these are.
+func (s *Segment) Header() Header   { return s.header }
+func (s *Segment) Summary() Summary { return s.summary }
+func (s *Segment) Len() int         { return s.count }
+
+// Entry is the i-th record in stream order. Going through them in order costs
+// one decoding each, going elsewhere up to 64. Its Ranges and Name are its own.
+func (s *Segment) Entry(i int) Entry {
+	if i < 0 || i >= s.count {
+		panic(fmt.Sprintf("entry %d of %d", i, s.count))
+	}
+	c := &s.cursor
+	if c.i > i || c.r.b == nil || c.i < i-i%restartEvery {
+		*c = cursor{i: i - i%restartEvery, r: reader{b: s.entries[s.restarts[i/restartEvery]:]}}
+	}
+	var e Entry
+	for c.i <= i {
+		c.next(&e)
+	}
+	return e
 }
 
 // Frame decodes frame i into dst, which must have room for FrameSize bytes, and
-// gives what it holds. An error names the range of payloads that is damaged.
+// gives what it holds. An error names the places that are damaged.
 func (s *Segment) Frame(i int, dst []byte) ([]byte, error) {
-	ref := s.refs[i*frameRef:]
-	at, raw, stored := int64(le.Uint64(ref)), int(le.Uint32(ref[8:])), int(le.Uint32(ref[12:]))
-	if stored > s2.MaxEncodedLen(FrameSize) {
-		return nil, damaged("frame %d tells of %d bytes", i, stored)
+	if i < 0 || i >= len(s.refs)/frameRef {
+		return nil, damaged("frame %d of %d", i, len(s.refs)/frameRef)
 	}
-	b := make([]byte, frameHead+stored+4)
-	if err := readFull(s.r, b, s.base+at); err != nil {
+	stored, raw, codec := s.ref(i)
+	var b []byte
+	if codec == codecRaw {
+		b = dst[:raw]
+	} else {
+		b = make([]byte, stored)
+	}
+	if err := readFull(s.r, b, s.frameAt[i]); err != nil {
 		return nil, err
 	}
-	body := b[:frameHead+stored]
-	if crc(body) != le.Uint32(b[frameHead+stored:]) || !bytes.Equal(b[:4], magicFrame[:]) || int(le.Uint32(b[8:])) != raw || int(le.Uint32(b[12:])) != stored {
-		return nil, damaged("the checksum of frame %d does not fit", i)
+	if crc(b) != le.Uint32(s.refs[i*frameRef+8:]) {
+		return nil, damaged("the checksum of frame %d, places %d to %d, does not fit", i, i*FrameSize, i*FrameSize+int(raw))
 	}
-	switch b[4] {
+	switch codec {
 	case codecRaw:
-		if stored != raw {
-			return nil, damaged("frame %d has %d bytes of %d", i, stored, raw)
-		}
-		return append(dst[:0], body[frameHead:]...), nil
+		return b, nil
 	case codecS2:
-		out, err := s2.Decode(dst[:raw], body[frameHead:])
-		if err != nil || len(out) != raw {
+		if n, err := s2.DecodedLen(b); err != nil || n != int(raw) {
+			return nil, damaged("frame %d would have %d bytes instead of %d", i, n, raw)
+		}
+		out, err := s2.Decode(dst[:raw], b)
+		if err != nil {
 			return nil, damaged("frame %d does not decompress", i)
 		}
 		return out, nil
 	}
-	return nil, damaged("frame %d has codec %d", i, b[4])
+	return nil, fmt.Errorf("%w: frame %d has codec %d", ErrVersion, i, codec)
 }
 
 // ReadPayload fills dst with the entry's payload from byte off of it.
@@ -276,19 +316,58 @@ func (s *Segment) ReadPayload(e *Entry, off int64, dst []byte) error {
 		if err != nil {
 			return err
 		}
+		if at%FrameSize >= uint64(len(frame)) {
+			return damaged("no payload at place %d", at)
+		}
 		n := copy(dst, frame[at%FrameSize:])
 		dst, at = dst[n:], at+uint64(n)
 	}
 	return nil
 }
 
+// Records calls fn for every record in stream order, with its payload. The
+// record and its payload are valid until fn returns; an error of fn ends it.
+func (s *Segment) Records(fn func(*stream.Record) error) error {
+	buf, have := make([]byte, FrameSize), -1
+	var frame, long []byte
+	for i := range s.count {
+		e := s.Entry(i)
+		if n := int(e.Range.Len); e.HasPayload() && n > 0 {
+			at := int(e.At % FrameSize)
+			if at+n <= FrameSize {
+				if f := int(e.At / FrameSize); f != have {
+					var err error
+					if frame, err = s.Frame(f, buf); err != nil {
+						return err
+					}
+					have = f
+				}
+				e.Payload = frame[at : at+n]
+			} else {
+				if cap(long) < n {
+					long = make([]byte, n)
+				}
+				e.Payload = long[:n]
+				if err := s.ReadPayload(&e, 0, e.Payload); err != nil {
+					return err
+				}
+			}
+		}
+		if err := fn(&e.Record); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Check reads and checks every payload. It calls bad for each damaged frame
-// with the payload bytes that it holds.
+// with the places of the payloads that it holds.
 func (s *Segment) Check(bad func(from, to uint64, err error)) {
 	buf := make([]byte, FrameSize)
 	for i := range len(s.refs) / frameRef {
 		if _, err := s.Frame(i, buf); err != nil {
-			bad(uint64(i)*FrameSize, min(uint64(i+1)*FrameSize, s.payload), err)
+			_, raw, _ := s.ref(i)
+			bad(uint64(i)*FrameSize, uint64(i)*FrameSize+uint64(raw), err)
 		}
 	}
 }
