@@ -12,12 +12,17 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"tidemark/internal/freeze"
 )
 
 // version is set at link time.
 var version = "devel"
 
 func main() {
+	if freeze.IsWatchdog() { // before anything that a watchdog must not do
+		os.Exit(freeze.WatchdogMain())
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))

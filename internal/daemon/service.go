@@ -12,6 +12,7 @@ import (
 
 	"tidemark/internal/control/api"
 	"tidemark/internal/disk"
+	"tidemark/internal/freeze"
 	"tidemark/internal/health"
 	"tidemark/internal/protect"
 	"tidemark/internal/segment"
@@ -177,7 +178,13 @@ func coded(err error) error {
 		{protect.ErrBookmarkExists, api.CodeInUse, "Choose another name."},
 		{protect.ErrRefused, api.CodeRefused, ""},
 		{protect.ErrOtherDisks, api.CodeRefused, "Give another --name."},
-		{protect.ErrNoFreeze, api.CodeRefused, "Use --consistency crash."},
+		{protect.ErrNoHooks, api.CodeRefused, "Give hooks, or ask for less consistency."},
+		{freeze.ErrForeign, api.CodeInUse, ""},
+		{freeze.ErrUnsupported, api.CodeRefused, "Ask for --consistency crash."},
+		{freeze.ErrOwn, api.CodeRefused, "Put state and vault on another file system."},
+		{freeze.ErrHook, api.CodeRefused, ""},
+		{freeze.ErrTimeout, api.CodeRefused, ""},
+		{freeze.ErrNotHeld, api.CodeRefused, ""},
 		{vault.ErrConflict, api.CodeRefused, ""},
 		{disk.ErrNotFound, api.CodeNotFound, "Name a block device."},
 		{disk.ErrNotBlock, api.CodeRefused, "Name a block device."},

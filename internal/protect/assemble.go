@@ -45,7 +45,7 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 	if err != nil {
 		return nil, err
 	}
-	s = &session{cfg: cfg, settings: settings, log: env.Log, health: h, waiters: map[uint64]*waiter{}, names: map[string]bool{},
+	s = &session{cfg: cfg, settings: settings, stateDir: env.StateDir, log: env.Log, health: h, waiters: map[uint64]*waiter{}, names: map[string]bool{},
 		requests: make(chan request), over: make(chan struct{}), builder: segment.NewBuilder(settings.SegmentBytes)}
 	var undo []func() error
 	defer func() {

@@ -2,9 +2,11 @@ package protect
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
+	"tidemark/internal/freeze"
 	"tidemark/internal/stream"
 	"tidemark/internal/tap"
 )
@@ -17,18 +19,34 @@ type Bookmarked struct {
 
 // waiter is somebody who waits for a bookmark to be read from the ring and made durable.
 type waiter struct {
-	name  string
-	want  stream.Consistency
-	reply chan error
-	at    Bookmarked
-	token uint64
-	taken bool
+	name    string
+	want    stream.Consistency
+	reply   chan error
+	at      Bookmarked
+	token   uint64
+	taken   bool
+	verdict chan bool // a consistent bookmark counts only if the freeze held until the mark
 }
 
 // takeBookmark gives a bookmark its position, or lets it go where it did not get
 // what was asked of it.
 func (s *session) takeBookmark(r *tap.Record) error {
 	w := s.waiters[r.Token]
+	if r.Consistency != stream.Crash {
+		if w == nil {
+			return nil // its daemon died before it knew whether the freeze held
+		}
+		select {
+		case held := <-w.verdict:
+			if !held {
+				return nil // who asked for it knows why
+			}
+			w.verdict <- true // for the case that this record is read once more
+		default:
+			s.held = true
+			return errStop
+		}
+	}
 	if s.gapOpen {
 		s.answer(w, fmt.Errorf("bookmark %q fell into an open gap: %w", r.Name, ErrInsideGap))
 		return nil
@@ -80,11 +98,11 @@ func (g *Group) Bookmark(ctx context.Context, name string, want stream.Consisten
 	if s == nil {
 		return Bookmarked{}, g.offlineError()
 	}
-	w := &waiter{name: name, want: want, reply: make(chan error, 1)}
+	w := &waiter{name: name, want: want, reply: make(chan error, 1), verdict: make(chan bool, 1)}
 	if err := s.ask(ctx, func() error { return s.admit(w) }); err != nil {
 		return Bookmarked{}, err
 	}
-	if err := s.mark(w); err != nil {
+	if err := s.mark(ctx, w); err != nil {
 		_ = s.ask(context.WithoutCancel(ctx), func() error { delete(s.waiters, w.token); return nil })
 		return Bookmarked{}, err
 	}
@@ -115,11 +133,47 @@ func (s *session) admit(w *waiter) error {
 	return nil
 }
 
-// mark puts the bookmark into the ring.
-func (s *session) mark(w *waiter) error {
-	if w.want != stream.Crash {
-		return fmt.Errorf("bookmark %q: %w", w.name, ErrNoFreeze)
+// mark puts the bookmark into the ring, inside a freeze where one is wanted.
+func (s *session) mark(ctx context.Context, w *waiter) error {
+	m := tap.Mark{Name: w.name, Consistency: w.want, Token: w.token}
+	if w.want == stream.Crash {
+		_, err := s.tap.Bookmark(m)
+		return err
 	}
-	_, err := s.tap.Bookmark(tap.Mark{Name: w.name, Consistency: w.want, Token: w.token})
-	return err
+	frozen, err := s.freeze(ctx, w.want)
+	if err != nil {
+		w.verdict <- false
+		return err
+	}
+	_, err = s.tap.Bookmark(m)
+	if err == nil && !frozen.Still() {
+		err = freeze.ErrNotHeld
+	}
+	if err == nil && w.want == stream.Application && frozen.Hooks() == 0 {
+		err = fmt.Errorf("no hook ran from %s: %w", s.settings.HookDir, ErrNoHooks)
+	}
+	err = errors.Join(err, frozen.Thaw())
+	w.verdict <- err == nil
+	if err != nil {
+		return fmt.Errorf("bookmark %q is not %s-consistent and was not put: %w", w.name, w.want, err)
+	}
+	return nil
+}
+
+// freeze holds every mounted file system of the group's disks still.
+func (s *session) freeze(ctx context.Context, want stream.Consistency) (*freeze.Frozen, error) {
+	if want == stream.Application && s.settings.HookDir == "" {
+		return nil, fmt.Errorf("the group has no folder of hooks (protect --hook-dir): %w", ErrNoHooks)
+	}
+	r := freeze.Request{HookDir: s.settings.HookDir, Own: []string{s.stateDir, vaultFolder(s.cfg.Vault)}}
+	for _, d := range s.cfg.Disks {
+		i, err := find(d)
+		if err != nil {
+			return nil, err
+		}
+		for _, m := range i.Mounts {
+			r.Mounts = append(r.Mounts, m.Point)
+		}
+	}
+	return freeze.Freeze(ctx, r)
 }

@@ -11,7 +11,7 @@ var (
 	ErrInsideGap      = errors.New("inside a gap: there is no consistent point until it is filled")
 	ErrBookmarkExists = errors.New("the name is taken in this group's history")
 	ErrOffline        = errors.New("the group is offline")
-	ErrNoFreeze       = errors.New("this build puts crash-consistent bookmarks only")
+	ErrNoHooks        = errors.New("application consistency needs hooks")
 	ErrInUse          = errors.New("in use")
 	ErrOtherDisks     = errors.New("the vault holds a history of other disks under this name")
 )

@@ -22,6 +22,7 @@ var errStop = errors.New("stop here")
 // It stops early, without error, where the spool has no room.
 func (s *session) pump() error {
 	s.clockOffset = clockOffset()
+	s.held = false
 	end := s.tap.Producer()
 	for s.place < end {
 		next, err := s.tap.Read(s.place, s.take)
@@ -32,6 +33,9 @@ func (s *session) pump() error {
 			return err
 		default:
 			return nil
+		}
+		if s.held {
+			return nil // a bookmark waits for the verdict on its freeze
 		}
 		if s.builder.Size() >= s.settings.SegmentBytes {
 			if err := s.seal(); err != nil || s.full {

@@ -61,6 +61,8 @@ type session struct {
 	clockOffset int64
 	mode        mode
 	full        bool
+	held        bool // the walk over the ring waits at a bookmark
+	stateDir    string
 
 	gapOpen    bool
 	gapSince   stream.Position
