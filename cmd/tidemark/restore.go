@@ -41,7 +41,7 @@ always; one that is not empty, without --force.`,
 		bar := newProgress(cmd.ErrOrStderr(), "restoring", asJSON)
 		report, err := restore.Write(cmd.Context(), view, to, restore.Options{
 			Force: force, Protected: protectedBy, Vault: view.vault.Dir(),
-			Identity: fmt.Sprintf("%s %s %d", view.group, view.disk, view.point.Position),
+			Identity: fmt.Sprintf("%x %s %s %d", view.id, view.group, view.disk, view.point.Position),
 			Progress: func(p restore.Progress) { bar.Set(p.Verified, p.Total) },
 		})
 		bar.Done()

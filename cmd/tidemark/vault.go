@@ -51,6 +51,7 @@ type opened struct {
 	*timeline.View
 	vault *vault.Vault
 	group string
+	id    [16]byte // of the group: two vaults may know one by the same name
 	disk  string
 	point timeline.Point
 }
@@ -81,7 +82,7 @@ func (p *pointFlags) open(ctx context.Context, group string) (*opened, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &opened{View: view, vault: v, group: group, disk: h.Disks()[disk].Name, point: point}, nil
+	return &opened{View: view, vault: v, group: group, id: h.GroupID(), disk: h.Disks()[disk].Name, point: point}, nil
 }
 
 func (o *opened) String() string {
