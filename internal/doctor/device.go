@@ -1,0 +1,139 @@
+package doctor
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"tidemark/internal/disk"
+	"tidemark/internal/health"
+	"tidemark/internal/tap"
+)
+
+// Way is one of the ways in, for one disk.
+type Way struct {
+	Way        string             `json:"way"` // tap, splice or serve
+	Answer     Answer             `json:"answer"`
+	Reason     string             `json:"reason,omitempty"`
+	Remedy     string             `json:"remedy,omitempty"`
+	Conditions []health.Condition `json:"conditions,omitempty"` // every reason against it that lies in the disk
+}
+
+// Report is what can be done for one disk.
+type Report struct {
+	Device *disk.Info `json:"device"`
+	Ways   []Way      `json:"ways"`
+	Checks []Check    `json:"checks"` // of the machine
+}
+
+// Device examines a disk, named in any form that disk.Inspect takes, and the
+// machine for it. Errors are those of disk.Inspect.
+func Device(spec string) (*Report, error) {
+	info, err := disk.Inspect(spec)
+	if err != nil {
+		return nil, err
+	}
+	checks := Machine()
+	return &Report{Device: info, Checks: checks, Ways: []Way{tapWay(info, checks), spliceWay(info), serveWay(checks)}}, nil
+}
+
+func tapWay(info *disk.Info, checks []Check) Way {
+	w := Way{Way: "tap", Answer: Yes, Conditions: disk.TapRefusals(info)}
+	if c := tappedBy(info); c != nil {
+		w.Conditions = append(w.Conditions, *c)
+	}
+	if len(w.Conditions) > 0 {
+		first := w.Conditions[0]
+		w.Answer, w.Reason, w.Remedy = No, first.Detail, first.Remedy
+		if more := len(w.Conditions) - 1; more > 0 {
+			w.Reason += fmt.Sprintf(" (and %d more)", more)
+		}
+		return w
+	}
+	for _, c := range checks {
+		if c.Answer == Yes || !tapNeeds(c.Code) {
+			continue
+		}
+		if c.Code == "tap-payload" && c.Answer == No {
+			w.Reason, w.Remedy = "in metadata mode only: "+c.Reason, c.Remedy
+			continue
+		}
+		if w.Answer == Yes || c.Answer == No && w.Answer == CannotTell {
+			w.Answer, w.Reason, w.Remedy = c.Answer, c.What+": "+c.Reason, c.Remedy
+		}
+	}
+	return w
+}
+
+func tapNeeds(code string) bool {
+	return strings.HasPrefix(code, "tap-") || slices.ContainsFunc(tapProbes(), func(p probe) bool { return p.code == code })
+}
+
+// CodeTapped is the condition of a disk that has a tap already.
+const CodeTapped = "disk-tapped"
+
+// tappedBy looks for a pinned tap on the disk, or on one of its stack.
+func tappedBy(info *disk.Info) *health.Condition {
+	pins, err := tap.Pinned()
+	if err != nil {
+		return nil // no BPF file system: nothing is pinned
+	}
+	for _, p := range pins {
+		for _, t := range p.Targets {
+			if !onTarget(info, t) {
+				continue
+			}
+			return &health.Condition{Code: CodeTapped, Severity: health.Error, Subject: info.Name,
+				Detail: fmt.Sprintf("%s is protected already, or shares its stack with %s, which is: group %s of instance %s", info.Name, t.Name, p.Group, p.Instance),
+				Remedy: "tidemark unprotect " + p.Group + "; or, if no daemon knows the group, tidemark doctor --fix"}
+		}
+	}
+	return nil
+}
+
+func onTarget(info *disk.Info, t tap.Target) bool {
+	other, err := disk.Glance(fmt.Sprintf("%d:%d", t.Whole>>20, t.Whole&0xfffff))
+	if err != nil || t.DiskSeq != 0 && other.DiskSeq != t.DiskSeq {
+		return false // that disk is gone; its number may have a new owner
+	}
+	other.Start, other.Size = t.Start, t.Len
+	return disk.Related(info, other)
+}
+
+// spliceable are the targets whose table can be swapped while it is in use.
+var spliceable = []string{"linear", "striped", "crypt"}
+
+const notBuilt = "this version of Tidemark does not do it yet"
+
+func spliceWay(info *disk.Info) Way {
+	w := Way{Way: "splice", Answer: No}
+	switch {
+	case info.Mapping == nil || info.Partition:
+		w.Reason, w.Remedy = info.Name+" is no device-mapper device: there is no table to swap", "use the tap, or put the data on an LVM volume"
+	case len(info.Mapping.Targets) == 0:
+		w.Answer, w.Reason, w.Remedy = CannotTell, "its table cannot be read", "run as root, with /dev/mapper/control there"
+	default:
+		for _, target := range info.Mapping.Targets {
+			if !slices.Contains(spliceable, target) {
+				w.Reason = fmt.Sprintf("its table has a target of type %s, which cannot be replaced while it is in use", target)
+				w.Remedy = "use the tap"
+				return w
+			}
+		}
+		w.Reason, w.Remedy = notBuilt, "use the tap"
+	}
+	return w
+}
+
+// serveWay needs something that turns a program into a block device.
+func serveWay(checks []Check) Way {
+	w := Way{Way: "serve", Answer: No, Reason: notBuilt, Remedy: "use the tap"}
+	able := func(code string) bool {
+		return slices.ContainsFunc(checks, func(c Check) bool { return c.Code == code && c.Answer == Yes })
+	}
+	if !able("ublk") && !able("nbd") && !(able("fuse") && able("loop")) {
+		w.Reason += "; and this machine has neither ublk nor NBD nor FUSE with loop devices"
+		w.Remedy = "use the tap; for later: modprobe ublk_drv, nbd, or fuse and loop"
+	}
+	return w
+}
