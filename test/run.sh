@@ -27,8 +27,13 @@ fi
 echo
 echo "Skipped: $(sort -u "$TIDEMARK_SKIPS" | grep -c .)"
 sort -u "$TIDEMARK_SKIPS" | sed 's/^/  /'
-if [ -n "${TIDEMARK_REQUIRE:-}" ] && [ -s "$TIDEMARK_SKIPS" ]; then
-	echo "On this machine nothing may be skipped (TIDEMARK_REQUIRE=$TIDEMARK_REQUIRE)."
-	status=1
+# Where features are required nothing else may be skipped either, but for what
+# TIDEMARK_ABSENT names: things this kind of machine cannot have.
+if [ -n "${TIDEMARK_REQUIRE:-}" ]; then
+	absent=$(echo "${TIDEMARK_ABSENT:-none}" | tr ', ' '||')
+	if grep -vE "^($absent): " "$TIDEMARK_SKIPS"; then
+		echo "^ skipped, and on this machine nothing may be."
+		status=1
+	fi
 fi
 exit $status
