@@ -3,43 +3,70 @@
 // cursors: a consumer gets the segment at its cursor, again and again, until it
 // commits it. A segment's file goes when every cursor has passed it; the newest
 // stays, as its footer says where the capture was.
+//
+// A segment is written under a name of its own, synced, renamed to its sequence,
+// and the folder is synced: a file with a sequence as its name is whole, and one
+// that is not was damaged later. docs/formats/spool.md describes the folder.
 package spool
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
 
 	"tidemark/internal/segment"
+	"tidemark/internal/vfs"
 )
 
 // Errors that callers branch on.
 var (
-	ErrFull   = errors.New("the spool is full")
-	ErrInUse  = errors.New("the spool is in use by another process")
-	ErrCommit = errors.New("not the segment at the cursor")
-	ErrClosed = errors.New("the spool is closed")
+	ErrFull     = errors.New("the spool is full")
+	ErrInUse    = errors.New("the spool is in use by another process")
+	ErrCommit   = errors.New("not the segment at the cursor")
+	ErrClosed   = errors.New("the spool is closed")
+	ErrSequence = errors.New("not the segment that follows the newest")
 )
+
+// DamagedError says which segment of the spool cannot be used. It wraps
+// segment.ErrDamaged or what reading the file returned.
+type DamagedError struct {
+	Sequence uint64
+	Path     string
+	Err      error
+}
+
+func (e *DamagedError) Error() string {
+	return fmt.Sprintf("spool segment %d, file %s: %v: its records reach no consumer; remove the group's spool and protect it anew where the file cannot be mended",
+		e.Sequence, e.Path, e.Err)
+}
+
+func (e *DamagedError) Unwrap() error { return e.Err }
 
 // Options of a spool.
 type Options struct {
-	MaxBytes int64 // bound of all segments together
+	MaxBytes int64  // bound of the segments that some cursor has not passed, together
+	FS       vfs.FS // nil: the operating system's
 }
 
-// Report says what Open had to mend.
+// Report says what Open found and had to mend.
 type Report struct {
-	Torn []string // files that a crash left unfinished, removed; the ring still holds their records
+	Torn    []string // files that a crash left unfinished, cut back or removed; the ring still holds what they lack
+	Kept    []Cut    // those of Torn of which records were kept
+	Damaged []error  // *DamagedError of segments that were whole once; a cursor stops at them
+	Cursors []string // consumers whose cursor was damaged: they begin again at the oldest segment
+}
+
+// Cut says how much of a torn segment was kept. Last tells where to continue.
+type Cut struct {
+	Sequence      uint64
+	Records, Kept int
 }
 
 // Item is a segment to be drained.
@@ -47,159 +74,131 @@ type Item struct {
 	Sequence uint64
 	Path     string
 	Summary  segment.Summary
+
+	fs     vfs.FS
+	damage error
 }
+
+// Open opens the segment's file. It stays readable when the cursor moves on.
+func (i Item) Open() (vfs.File, error) { return i.fs.OpenFile(i.Path, os.O_RDONLY, 0) }
 
 // Spool is an open queue. Append is called by one goroutine; all else concurrently.
 type Spool struct {
 	dir     string
+	fs      vfs.FS
 	options Options
-	lock    *os.File
+	lock    io.Closer
+
+	appending sync.Mutex // one Append at a time; taken before mu
 
 	mu      sync.Mutex
 	items   []Item // in order of sequence, without a hole
-	bytes   int64
 	cursors map[string]*Cursor
-	changed chan struct{} // closed and replaced when something was appended
+	floor   uint64        // a sequence that a cursor has passed is not used again
+	changed chan struct{} // closed and replaced when something was appended or removed
 	closed  bool
-}
-
-// Cursor is one consumer's place.
-type Cursor struct {
-	s    *Spool
-	name string
-	next uint64
 }
 
 // Open opens, or makes, the spool in dir. One process at a time has it: ErrInUse.
 func Open(dir string, o Options) (*Spool, Report, error) {
 	var report Report
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if o.FS == nil {
+		o.FS = vfs.OS{}
+	}
+	if err := o.FS.MkdirAll(dir, 0o700); err != nil {
 		return nil, report, err
 	}
-	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	lock, err := o.FS.Lock(filepath.Join(dir, "lock"))
+	if errors.Is(err, vfs.ErrLocked) {
+		return nil, report, fmt.Errorf("%s: %w", dir, ErrInUse)
+	}
 	if err != nil {
 		return nil, report, err
 	}
-	s := &Spool{dir: dir, options: o, lock: lock, cursors: map[string]*Cursor{}, changed: make(chan struct{})}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		lock.Close()
-		return nil, report, fmt.Errorf("%s: %w", dir, ErrInUse)
-	}
+	s := &Spool{dir: dir, fs: o.FS, options: o, lock: lock, cursors: map[string]*Cursor{}, changed: make(chan struct{})}
 	if err := s.load(&report); err != nil {
 		lock.Close()
-		return nil, report, err
+		return nil, report, fmt.Errorf("spool %s: %w", dir, err)
 	}
 	return s, report, nil
 }
 
 func (s *Spool) path(sequence uint64) string {
-	return filepath.Join(s.dir, fmt.Sprintf("%016x.seg", sequence))
-}
-
-// load finds the segments. Only the newest can be torn: each is stable before
-// the next is begun.
-func (s *Spool) load(report *Report) error {
-	names, err := filepath.Glob(filepath.Join(s.dir, "*.seg"))
-	if err != nil {
-		return err
-	}
-	slices.Sort(names)
-	for i, name := range names {
-		item, err := read(name)
-		if err != nil && i == len(names)-1 && errors.Is(err, segment.ErrDamaged) {
-			report.Torn = append(report.Torn, filepath.Base(name))
-			if err := errors.Join(os.Remove(name), s.sync()); err != nil {
-				return err
-			}
-			break
-		}
-		if err != nil {
-			return fmt.Errorf("spool segment %s: %w", filepath.Base(name), err)
-		}
-		if n := len(s.items); n > 0 && item.Sequence != s.items[n-1].Sequence+1 {
-			return fmt.Errorf("spool %s: segment %d is missing: %w", s.dir, s.items[n-1].Sequence+1, segment.ErrDamaged)
-		}
-		s.items = append(s.items, item)
-		s.bytes += item.Summary.Size
-	}
-	return s.loadCursors()
-}
-
-func read(name string) (Item, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return Item{}, err
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return Item{}, err
-	}
-	g, err := segment.Open(f, st.Size())
-	if err != nil {
-		return Item{}, err
-	}
-	g.Check(func(_, _ uint64, e error) { err = e })
-	sum := g.Summary()
-	return Item{Sequence: sum.Sequence, Path: name, Summary: sum}, err
-}
-
-func (s *Spool) sync() error {
-	d, err := os.Open(s.dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return filepath.Join(s.dir, fmt.Sprintf("%016x%s", sequence, segmentEnd))
 }
 
 // Append puts a segment behind the newest and returns when it is stable, file
-// and folder. ErrFull, and any other error, changes nothing.
+// and folder. After an error nothing is appended, and the same sequence may be
+// appended again, with other content too. ErrFull: the bound is reached, or the
+// file system is full. ErrSequence: it does not follow the newest.
 func (s *Spool) Append(g *segment.Sealed) error {
-	s.mu.Lock()
-	last, full := s.last(), len(s.items) > 1 && s.bytes+g.Summary.Size > s.options.MaxBytes
-	s.mu.Unlock()
-	if full {
-		return fmt.Errorf("%d of %d bytes are waiting: %w", s.bytes, s.options.MaxBytes, ErrFull)
-	}
-	if last != 0 && g.Summary.Sequence != last+1 {
-		return fmt.Errorf("segment %d appended behind %d", g.Summary.Sequence, last)
+	s.appending.Lock()
+	defer s.appending.Unlock()
+	if err := s.admit(&g.Summary); err != nil {
+		return err
 	}
 	path := s.path(g.Summary.Sequence)
-	if err := write(path, g); err != nil {
-		if rm := os.Remove(path); rm != nil && !errors.Is(rm, fs.ErrNotExist) {
-			err = errors.Join(err, rm)
-		}
+	if err := s.write(path, g); err != nil {
 		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 			return fmt.Errorf("%w: %w", ErrFull, err)
 		}
 		return err
 	}
-	if err := s.sync(); err != nil {
-		return errors.Join(err, os.Remove(path))
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.items = append(s.items, Item{Sequence: g.Summary.Sequence, Path: path, Summary: g.Summary})
-	s.bytes += g.Summary.Size
-	close(s.changed)
-	s.changed = make(chan struct{})
-	return s.trim()
+	s.items = append(s.items, Item{Sequence: g.Summary.Sequence, Path: path, Summary: g.Summary, fs: s.fs})
+	s.wake()
+	s.trim()
+	return nil
 }
 
-func write(path string, g io.WriterTo) error {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+func (s *Spool) admit(g *segment.Summary) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := len(s.items)
+	switch {
+	case s.closed:
+		return ErrClosed
+	case n > 0 && g.Sequence != s.items[n-1].Sequence+1:
+		return fmt.Errorf("segment %d appended behind %d: %w", g.Sequence, s.items[n-1].Sequence, ErrSequence)
+	case g.Sequence == 0 || n == 0 && g.Sequence < s.floor:
+		return fmt.Errorf("segment %d appended, and consumers have had those before %d: %w", g.Sequence, s.floor, ErrSequence)
+	case !s.room(g.Size):
+		return fmt.Errorf("segment of %d bytes, and %d of %d bytes are waiting: %w", g.Size, s.waiting(), s.options.MaxBytes, ErrFull)
+	}
+	return nil
+}
+
+// write makes a file appear whole and stable under its name, or, after an
+// error, not at all.
+func (s *Spool) write(path string, g io.WriterTo) error {
+	tmp := path + unfinished
+	if err := s.fill(tmp, g); err != nil {
+		return errors.Join(err, ignoreAbsent(s.fs.Remove(tmp)))
+	}
+	if err := s.fs.Rename(tmp, path); err != nil {
+		return errors.Join(err, ignoreAbsent(s.fs.Remove(tmp)))
+	}
+	return s.fs.SyncDir(s.dir)
+}
+
+func (s *Spool) fill(path string, g io.WriterTo) error {
+	f, err := s.fs.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
 	_, err = g.WriteTo(f)
-	return errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
 }
 
-func (s *Spool) last() uint64 {
-	if n := len(s.items); n > 0 {
-		return s.items[n-1].Sequence
+func ignoreAbsent(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
 	}
-	return 0
+	return err
 }
 
 // Last is the summary of the newest segment, drained or not.
@@ -212,168 +211,110 @@ func (s *Spool) Last() (segment.Summary, bool) {
 	return segment.Summary{}, false
 }
 
-// Bytes is how much is waiting to be drained, or stays as the newest.
+// Bytes is how much is there: what waits to be drained, and the newest.
 func (s *Spool) Bytes() int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.bytes
+	var n int64
+	for i := range s.items {
+		n += s.items[i].Summary.Size
+	}
+	return n
 }
 
-// Room says whether another segment of n bytes fits.
+// Capacity is the bound in bytes.
+func (s *Spool) Capacity() int64 { return s.options.MaxBytes }
+
+// Room says whether another segment of n bytes fits. One always fits where
+// nothing waits, however large it is: the bound slows, it never blocks for good.
 func (s *Spool) Room(n int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.items) <= 1 || s.bytes+n <= s.options.MaxBytes
+	return s.room(n)
 }
 
-// cursorState is what a cursor's file holds.
-type cursorState struct {
-	Next  uint64 `json:"next"`
-	CRC32 uint32 `json:"crc32c"`
+func (s *Spool) room(n int64) bool {
+	w := s.waiting()
+	return w == 0 || w+n <= s.options.MaxBytes
 }
 
-func (c cursorState) sum() uint32 {
-	return crc32.Checksum(fmt.Appendf(nil, "next %d", c.Next), crc32.MakeTable(crc32.Castagnoli))
-}
-
-func (s *Spool) loadCursors() error {
-	names, err := filepath.Glob(filepath.Join(s.dir, "*.cursor"))
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		b, err := os.ReadFile(name)
-		if err != nil {
-			return err
+// waiting is the size of what some cursor has yet to pass.
+func (s *Spool) waiting() int64 {
+	from := s.passed()
+	var n int64
+	for i := range s.items {
+		if s.items[i].Sequence >= from {
+			n += s.items[i].Summary.Size
 		}
-		var st cursorState
-		if err := json.Unmarshal(b, &st); err != nil || st.sum() != st.CRC32 {
-			return fmt.Errorf("%s: %w: remove it to have its consumer begin again", name, segment.ErrDamaged)
+	}
+	return n
+}
+
+// passed is the sequence that the slowest cursor stands at; 0 without cursors.
+func (s *Spool) passed() uint64 {
+	var least uint64
+	first := true
+	for _, c := range s.cursors {
+		if first || c.next < least {
+			least, first = c.next, false
 		}
-		who := strings.TrimSuffix(filepath.Base(name), ".cursor")
-		s.cursors[who] = &Cursor{s: s, name: who, next: st.Next}
 	}
-	return nil
+	return least
 }
 
-// Cursor opens a consumer's cursor. A new one begins at the oldest segment kept.
-func (s *Spool) Cursor(name string) (*Cursor, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if c, ok := s.cursors[name]; ok {
-		return c, nil
-	}
-	c := &Cursor{s: s, name: name}
-	if len(s.items) > 0 {
-		c.next = s.items[0].Sequence
-	}
-	if err := c.save(c.next); err != nil {
-		return nil, err
-	}
-	s.cursors[name] = c
-	return c, nil
+// WaitRoom returns when a segment of n bytes fits.
+func (s *Spool) WaitRoom(ctx context.Context, n int64) error {
+	return s.await(ctx, func() (bool, error) { return s.room(n), nil })
 }
 
-// save makes the cursor's place durable.
-func (c *Cursor) save(next uint64) error {
-	st := cursorState{Next: next}
-	st.CRC32 = st.sum()
-	b, err := json.Marshal(st)
-	if err != nil {
-		return err
-	}
-	path := filepath.Join(c.s.dir, c.name+".cursor")
-	if err := errors.Join(os.RemoveAll(path+".new"), write(path+".new", bytesTo(b)), os.Rename(path+".new", path)); err != nil {
-		return err
-	}
-	return c.s.sync()
-}
-
-type bytesTo []byte
-
-func (b bytesTo) WriteTo(w io.Writer) (int64, error) {
-	n, err := w.Write(b)
-	return int64(n), err
-}
-
-// Next waits for a segment at the cursor and gives it, the same until Commit.
-func (c *Cursor) Next(ctx context.Context) (Item, error) {
+// await calls done, under the lock, now and after each change until it is true.
+func (s *Spool) await(ctx context.Context, done func() (bool, error)) error {
 	for {
-		c.s.mu.Lock()
-		item, ok := c.at()
-		changed, closed := c.s.changed, c.s.closed
-		c.s.mu.Unlock()
+		s.mu.Lock()
+		ok, err := done()
+		changed, closed := s.changed, s.closed
+		s.mu.Unlock()
 		switch {
 		case closed:
-			return Item{}, ErrClosed
-		case ok:
-			return item, nil
+			return ErrClosed
+		case ok || err != nil:
+			return err
 		}
 		select {
 		case <-ctx.Done():
-			return Item{}, ctx.Err()
+			return ctx.Err()
 		case <-changed:
 		}
 	}
 }
 
-func (c *Cursor) at() (Item, bool) {
-	for _, i := range c.s.items {
-		if i.Sequence >= c.next {
-			return i, true
-		}
-	}
-	return Item{}, false
+// wake tells all who wait that something has changed. mu is held.
+func (s *Spool) wake() {
+	close(s.changed)
+	s.changed = make(chan struct{})
 }
 
-// Commit moves the cursor past the segment that Next gives. ErrCommit: it is
-// another, and nothing is changed.
-func (c *Cursor) Commit(sequence uint64) error {
-	c.s.mu.Lock()
-	defer c.s.mu.Unlock()
-	item, ok := c.at()
-	if !ok || item.Sequence != sequence {
-		return fmt.Errorf("cursor %s: commit of segment %d, which is at %d: %w", c.name, sequence, item.Sequence, ErrCommit)
-	}
-	if err := c.save(sequence + 1); err != nil {
-		return err
-	}
-	c.next = sequence + 1
-	return c.s.trim()
-}
-
-// Drained says whether the cursor has passed everything.
-func (c *Cursor) Drained() bool {
-	c.s.mu.Lock()
-	defer c.s.mu.Unlock()
-	_, ok := c.at()
-	return !ok
-}
-
-// trim removes what every cursor has passed, but never the newest segment.
-func (s *Spool) trim() error {
-	for len(s.items) > 1 && len(s.cursors) > 0 {
-		for _, c := range s.cursors {
-			if c.next <= s.items[0].Sequence {
-				return nil
-			}
+// trim removes what every cursor has passed, but never the newest segment. A
+// file that cannot be removed now is removed at the next change or the next
+// Open: nobody reads it again. mu is held.
+func (s *Spool) trim() {
+	from := s.passed()
+	for len(s.items) > 1 && s.items[0].Sequence < from {
+		if ignoreAbsent(s.fs.Remove(s.items[0].Path)) != nil {
+			return
 		}
-		if err := os.Remove(s.items[0].Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		s.bytes -= s.items[0].Summary.Size
 		s.items = s.items[1:]
 	}
-	return nil
 }
 
 // Close ends the use of the spool; everything in it stays.
 func (s *Spool) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.closed {
-		s.closed = true
-		close(s.changed)
+	if s.closed {
+		return nil
 	}
+	s.closed = true
+	close(s.changed)
 	return s.lock.Close()
 }

@@ -3,7 +3,6 @@ package spool
 import (
 	"context"
 	"errors"
-	"os"
 	"path/filepath"
 	"testing"
 
@@ -108,43 +107,6 @@ func TestFullChangesNothing(t *testing.T) {
 	}
 	if err := s.Append(sealed(t, last+1)); err != nil {
 		t.Fatalf("after draining: %v", err)
-	}
-}
-
-// TestTornTail: whatever a crash leaves of the newest file is cut off and
-// reported; a torn older one is never passed over.
-func TestTornTail(t *testing.T) {
-	for cut := 0; cut < 6000; cut += 97 {
-		dir := t.TempDir()
-		s, _ := open(t, dir, 1<<20)
-		for seq := range uint64(2) {
-			if err := s.Append(sealed(t, seq+1)); err != nil {
-				t.Fatal(err)
-			}
-		}
-		path := s.path(2)
-		s.Close()
-		st, _ := os.Stat(path)
-		if int64(cut) >= st.Size() {
-			return
-		}
-		if err := os.Truncate(path, int64(cut)); err != nil {
-			t.Fatal(err)
-		}
-		s, report := open(t, dir, 1<<20)
-		if last, _ := s.Last(); len(report.Torn) != 1 || last.Sequence != 1 {
-			t.Fatalf("cut at %d: %+v, newest %d", cut, report, last.Sequence)
-		}
-		if err := s.Append(sealed(t, 2)); err != nil {
-			t.Fatal(err)
-		}
-		s.Close()
-		if err := os.Truncate(s.path(1), 10); err != nil {
-			t.Fatal(err)
-		}
-		if _, _, err := Open(dir, Options{MaxBytes: 1 << 20}); !errors.Is(err, segment.ErrDamaged) {
-			t.Fatalf("a damaged older segment: %v", err)
-		}
 	}
 }
 
