@@ -101,7 +101,7 @@ func (h Host) identity(i *Info) Identity {
 	if i.Partition {
 		id.PartUUID = h.uevent(i.Name, "PARTUUID")
 		if id.PartUUID == "" {
-			id.PartUUID = h.partUUID(i)
+			id.PartUUID = partUUIDIn(h.head(i.Whole), i.LogicalSector, i.Number)
 		}
 	}
 	id.PartUUID = strings.ToLower(id.PartUUID)

@@ -117,21 +117,23 @@ func tableUUID(head []byte, sector int64) string {
 	return ""
 }
 
-// partUUID finds a partition's UUID in its disk's table, for kernels that do
-// not tell it themselves.
-func (h Host) partUUID(i *Info) string {
-	head := h.head(i.Whole)
-	g := gptHeader(head, i.LogicalSector)
+// partUUIDIn finds a partition's UUID in the table that begins its disk, for
+// kernels that do not tell it themselves.
+func partUUIDIn(head []byte, sector int64, number int) string {
+	g := gptHeader(head, sector)
 	if g == nil {
 		if s := mbrSignature(head); s != 0 {
-			return fmt.Sprintf("%08x-%02x", s, i.Number)
+			return fmt.Sprintf("%08x-%02x", s, number)
 		}
 		return ""
 	}
-	first := int64(binary.LittleEndian.Uint64(g[72:])) * i.LogicalSector
-	size := int64(binary.LittleEndian.Uint32(g[84:]))
-	at := first + int64(i.Number-1)*size
-	if first < 0 || size < 128 || size > 4096 || i.Number < 1 || at+size > int64(len(head)) {
+	const firstMax = headSize // entries further away are not read
+	first, size := binary.LittleEndian.Uint64(g[72:]), int64(binary.LittleEndian.Uint32(g[84:]))
+	if first > firstMax || size < 128 || size > 4096 || number < 1 || number > headSize {
+		return ""
+	}
+	at := int64(first)*sector + int64(number-1)*size
+	if at+size > int64(len(head)) {
 		return ""
 	}
 	return formatGUID(head[at+16 : at+32])
