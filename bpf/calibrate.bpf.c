@@ -32,6 +32,7 @@ SEC("tp_btf/block_bio_queue") int BPF_PROG(look, struct bio *bio)
 	if (!s || (bio->bi_opf & 0xff) != 1 || !bio->bi_iter.bi_size || bio->bi_bdev->bd_dev != scratch_dev)
 		return 0;
 	__u64 vecs = (__u64)bio->bi_io_vec, index = bio->bi_iter.bi_idx;
+	PLAIN(vecs);
 	if (bpf_probe_read_kernel(&v, sizeof(v), (void *)(vecs + index * sizeof(v))))
 		return 0;
 	s->offset = v.off + bio->bi_iter.bi_bvec_done;

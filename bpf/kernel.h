@@ -42,6 +42,10 @@ struct bpf_dynptr {
 	__u64 __opaque[2];
 } __attribute__((aligned(8)));
 
+/* PLAIN makes a pointer a mere number for every verifier: negated twice, at no
+ * cost. Linux 6.1 takes no sum of a typed pointer and an index, 6.12 does. */
+#define PLAIN(x) asm volatile("%0 = -%0\n%0 = -%0" : "+r"(x))
+
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 struct block_device_operations {

@@ -355,6 +355,7 @@ static __always_inline int put_payload(struct state *st, struct target *t, struc
 	int result = CAPTURED;
 
 	w.vecs = (__u64)bio->bi_io_vec;
+	PLAIN(w.vecs);
 	w.index = bio->bi_iter.bi_idx;
 	w.done = bio->bi_iter.bi_bvec_done;
 	w.base = st->va_base;
