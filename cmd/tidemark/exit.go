@@ -6,6 +6,7 @@ import (
 
 	"tidemark/internal/control/api"
 	"tidemark/internal/daemon"
+	"tidemark/internal/disk"
 	"tidemark/internal/mount"
 	"tidemark/internal/restore"
 	"tidemark/internal/segment"
@@ -59,7 +60,7 @@ func exitCode(ctx context.Context, err error) int {
 	}{
 		{stream.ErrBadPoint, exitUsage}, {vault.ErrScheme, exitUsage}, {vault.ErrName, exitUsage},
 		{timeline.ErrInsideGap, exitInsideGap}, {timeline.ErrNoPoint, exitNotFound}, {timeline.ErrNoDisk, exitNotFound},
-		{vault.ErrNoGroup, exitNotFound}, {vault.ErrNotVault, exitNotAVault}, {segment.ErrDamaged, exitDamaged},
+		{vault.ErrNoGroup, exitNotFound}, {disk.ErrNotFound, exitNotFound}, {disk.ErrNotBlock, exitRefused}, {vault.ErrNotVault, exitNotAVault}, {segment.ErrDamaged, exitDamaged},
 		{restore.ErrInUse, exitInUse}, {restore.ErrProtected, exitInUse}, {restore.ErrTooSmall, exitRefused},
 		{restore.ErrNotEmpty, exitRefused}, {restore.ErrDirectory, exitRefused}, {restore.ErrKind, exitRefused}, {restore.ErrVault, exitRefused},
 		{mount.ErrNoFileSystem, exitNotFound}, {mount.ErrPartition, exitUsage}, {mount.ErrSameFS, exitInUse}, {mount.ErrDir, exitUsage},

@@ -199,7 +199,7 @@ func passthrough(d *disk.Info) tap.Passthrough {
 
 // openTap adopts the pinned tap where it sees these very disks.
 func (s *session) openTap(env *Env) error {
-	pin := pinName(s.cfg.Name)
+	pin := s.cfg.Name
 	t, err := tap.Adopt(env.Instance, pin)
 	if err == nil && sameTargets(t.Targets(), s.targets()) {
 		s.tap = t
@@ -219,11 +219,6 @@ func (s *session) openTap(env *Env) error {
 	s.tap, err = tap.Start(tap.Config{Instance: env.Instance, Group: pin, RingBytes: s.settings.RingBytes, Targets: s.targets(),
 		Options: tap.Options{MetadataOnly: s.settings.Metadata}})
 	return err
-}
-
-// pinName is a group's name as bpffs takes it: without dots.
-func pinName(group string) string {
-	return strings.NewReplacer(".", "_dot_").Replace(group)
 }
 
 func sameTargets(a, b []tap.Target) bool {

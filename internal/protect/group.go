@@ -78,7 +78,7 @@ func Create(ctx context.Context, env *Env, r Request, others []*Config) (*Group,
 		}
 	}
 	if err != nil {
-		return nil, errors.Join(err, tap.Discard(env.Instance, pinName(cfg.Name)), os.RemoveAll(dir))
+		return nil, errors.Join(err, tap.Discard(env.Instance, cfg.Name), os.RemoveAll(dir))
 	}
 	g.start(s)
 	return g, nil
@@ -305,7 +305,7 @@ func (g *Group) Unprotect(ctx context.Context, abandon bool) error {
 		return fmt.Errorf("%w; unprotect --abandon gives up what is not in the vault", g.offlineError())
 	}
 	g.Stop()
-	return errors.Join(tap.Discard(g.env.Instance, pinName(g.cfg.Name)), os.RemoveAll(g.env.dir(g.cfg.Name)), syncDir(filepath.Dir(g.env.dir(g.cfg.Name))))
+	return errors.Join(tap.Discard(g.env.Instance, g.cfg.Name), os.RemoveAll(g.env.dir(g.cfg.Name)), syncDir(filepath.Dir(g.env.dir(g.cfg.Name))))
 }
 
 // Status says how the group is. The ring is looked at up to its producer first.

@@ -135,12 +135,12 @@ func Create(ctx context.Context, where string) (*Vault, error) {
 // Dir is the folder of a local vault.
 func (v *Vault) Dir() string { return v.dir }
 
-var groupName = regexp.MustCompile(`^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$`)
+var groupName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$`)
 
 // CheckName returns an error wrapping ErrName where a group cannot be called so.
 func CheckName(name string) error {
 	if !groupName.MatchString(name) {
-		return fmt.Errorf("%q: want 1 to 64 of letters, digits, ., - and _, not beginning with a dot: %w", name, ErrName)
+		return fmt.Errorf("%q: want 1 to 64 of letters, digits, - and _, not beginning with -: %w", name, ErrName)
 	}
 	return nil
 }

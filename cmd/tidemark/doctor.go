@@ -1,0 +1,121 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+
+	"github.com/jedib0t/go-pretty/v6/table"
+	"github.com/spf13/cobra"
+
+	"tidemark/internal/doctor"
+)
+
+// diagnosis is a contract: fields are added, never changed.
+type diagnosis struct {
+	Device *doctor.Report `json:"device,omitempty"`
+	Checks []doctor.Check `json:"checks"`
+	Pins   []doctor.Pin   `json:"pins"`
+	Locks  []doctor.Lock  `json:"locks"`
+	Fixes  []doctor.Fix   `json:"fixes"`
+}
+
+func newDoctor() *cobra.Command {
+	var (
+		asJSON, fix bool
+		places      doctor.Places
+	)
+	cmd := &cobra.Command{
+		Use:   "doctor [DEV]",
+		Short: "Say what this machine can do for a disk, and why not the rest",
+		Long: `Tries out what Tidemark needs and says for each way of protecting a disk whether it
+can be had here, why not, and what to do about it. Also finds taps that nobody
+owns any more; --fix removes them.`,
+		Example: "  tidemark doctor /dev/sdb\n  tidemark doctor --fix",
+		Args:    cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			d, err := diagnose(args, places)
+			if err != nil {
+				return err
+			}
+			if fix {
+				for _, f := range d.Fixes {
+					if err := f.Apply(); err != nil {
+						return fmt.Errorf("%s: %w", f.Action, err)
+					}
+					fmt.Fprintf(cmd.ErrOrStderr(), "Done: %s\n", f.Action)
+				}
+			}
+			if asJSON {
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(d)
+			}
+			printDiagnosis(cmd.OutOrStdout(), d, fix)
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	cmd.Flags().BoolVar(&fix, "fix", false, "remove what nobody owns any more")
+	cmd.Flags().StringSliceVar(&places.States, "state", nil, "state folders of this machine's daemons (default "+doctor.DefaultState+")")
+	cmd.Flags().StringSliceVar(&places.Vaults, "vault", nil, "vaults whose locks are to be looked at")
+	return cmd
+}
+
+func diagnose(args []string, places doctor.Places) (d diagnosis, err error) {
+	if len(args) == 1 {
+		if d.Device, err = doctor.Device(args[0]); err != nil {
+			return d, err
+		}
+		d.Checks = d.Device.Checks
+	} else {
+		d.Checks = doctor.Machine()
+	}
+	if d.Pins, err = doctor.Pins(places); err != nil {
+		return d, err
+	}
+	if d.Locks, err = doctor.Locks(places); err != nil {
+		return d, err
+	}
+	d.Fixes, err = doctor.Fixes(places)
+	return d, err
+}
+
+func printDiagnosis(out io.Writer, d diagnosis, fixed bool) {
+	if d.Device != nil {
+		i := d.Device.Device
+		fmt.Fprintf(out, "%s: %s, %s, %s\n", i.Path, i.Kind, formatSize(i.Size), i.Identity)
+		t := newTable("way in", "", "why not", "what to do")
+		for _, w := range d.Device.Ways {
+			t.AppendRow(table.Row{w.Way, w.Answer, w.Reason, w.Remedy})
+		}
+		fmt.Fprintln(out, t.Render())
+	}
+	t := newTable("this machine has", "", "why not", "what to do")
+	for _, c := range d.Checks {
+		t.AppendRow(table.Row{c.What, c.Answer, c.Reason, c.Remedy})
+	}
+	fmt.Fprintln(out, t.Render())
+	for _, p := range d.Pins {
+		what := "tap"
+		if p.Orphan {
+			what = "orphaned tap"
+		}
+		fmt.Fprintf(out, "%s of group %s: %s\n", what, p.Group, p.Reason)
+	}
+	for _, f := range d.Fixes {
+		if !fixed {
+			fmt.Fprintf(out, "tidemark doctor --fix would: %s\n", f.Action)
+		}
+	}
+}
+
+func newTable(columns ...any) table.Writer {
+	t := table.NewWriter()
+	t.SetStyle(table.StyleLight)
+	t.AppendHeader(columns)
+	var wrap []table.ColumnConfig
+	for i := range columns {
+		wrap = append(wrap, table.ColumnConfig{Number: i + 1, WidthMax: 60})
+	}
+	t.SetColumnConfigs(wrap)
+	return t
+}
