@@ -7,21 +7,31 @@ export PATH=$PATH:/sbin:/usr/sbin
 export TIDEMARK_SKIPS=$(mktemp)
 trap 'rm -f "$TIDEMARK_SKIPS"' EXIT
 status=0
-left() { losetup -a 2>/dev/null | grep -c tidemark-test-; ls -d /sys/fs/bpf/tidemark/*/* 2>/dev/null; grep -c tidemark-test /proc/mounts; }
+
+# left lists what tests make in the kernel: it must be the same after them.
+left() {
+	losetup --list --noheadings --output NAME,BACK-FILE 2>/dev/null | grep -E '/(tidemark-test-|tidemark-demo-|Test)' | sed 's/^/loop device /'
+	for pin in /sys/fs/bpf/tidemark/*/*; do [ -e "$pin" ] && echo "tap $pin"; done
+	awk '$2 ~ /\/(tidemark-test-|tidemark-demo-|Test)/ || $1 ~ /tidemark/ {print "mount " $1 " on " $2}' /proc/mounts
+	[ ! -e /dev/mapper/control ] || dmsetup ls 2>/dev/null | grep -v '^No devices' | sed 's/^/mapping /'
+	grep -ls qemu-system-x86 /proc/[0-9]*/comm | sed 's/^/process /'
+}
 before=$(left)
 
-test -z "$(gofmt -l cmd internal bpf)" || { echo "gofmt: $(gofmt -l cmd internal bpf)"; status=1; }
-go vet ./... || status=1
+test -z "$(gofmt -l cmd internal bpf test)" || { echo "gofmt: $(gofmt -l cmd internal bpf test)"; status=1; }
+go vet ./... && go vet -tags guest ./test/vm/... || status=1
 test/generated.sh || status=1
 
 real=$(go list -f '{{if or (len .TestGoFiles) (len .XTestGoFiles)}}{{.ImportPath}} {{join .TestImports ","}},{{join .XTestImports ","}}{{end}}' ./... | grep tidemark/internal/testkit | cut -d' ' -f1)
 plain=$(go list ./... | grep -vxF "${real:-none}")
-go test -race -timeout 15m $plain || status=1
-[ -z "$real" ] || go test -race -timeout 30m -p 1 $real || status=1
+go test -race -timeout 20m $plain || status=1
+[ -z "$real" ] || go test -race -count=1 -timeout 40m -p 1 $real || status=1
 
 after=$(left)
-if [ "$before" != "$after" ]; then
-	echo "The tests left something behind (loop devices, pins, mounts): before: $before; after: $after"
+new=$(comm -13 <(sort <<<"$before") <(sort <<<"$after"))
+if [ -n "$new" ]; then
+	echo "The tests left something behind:"
+	echo "$new"
 	status=1
 fi
 echo
