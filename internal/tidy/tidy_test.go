@@ -39,7 +39,7 @@ var layer = map[string][]string{
 	"internal/uring":   {},
 	"internal/vfs":     {},
 	"internal/loop":    {"internal/block", "internal/abi/ioctl"},
-	"internal/disk":    {"internal/block", "internal/health"},
+	"internal/disk":    {"internal/block", "internal/health", "internal/loop"},
 	"internal/backing": {"internal/block", "internal/uring"},
 	"internal/freeze":  {"internal/block", "internal/disk", "internal/health"},
 	"internal/splice":  {"internal/block", "internal/disk", "internal/abi/dm"},
