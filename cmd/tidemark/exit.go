@@ -7,6 +7,7 @@ import (
 	"tidemark/internal/control/api"
 	"tidemark/internal/daemon"
 	"tidemark/internal/disk"
+	"tidemark/internal/front/nbd"
 	"tidemark/internal/mount"
 	"tidemark/internal/restore"
 	"tidemark/internal/segment"
@@ -64,7 +65,7 @@ func exitCode(ctx context.Context, err error) int {
 		{restore.ErrInUse, exitInUse}, {restore.ErrProtected, exitInUse}, {restore.ErrTooSmall, exitRefused},
 		{restore.ErrNotEmpty, exitRefused}, {restore.ErrDirectory, exitRefused}, {restore.ErrKind, exitRefused}, {restore.ErrVault, exitRefused},
 		{mount.ErrNoFileSystem, exitNotFound}, {mount.ErrPartition, exitUsage}, {mount.ErrSameFS, exitInUse}, {mount.ErrDir, exitUsage},
-		{vault.ErrUnreachable, exitUnreachable}, {daemon.ErrRunning, exitInUse},
+		{vault.ErrUnreachable, exitUnreachable}, {daemon.ErrRunning, exitInUse}, {nbd.ErrURI, exitUsage}, {nbd.ErrSocketInUse, exitInUse},
 	} {
 		if errors.Is(err, c.is) {
 			return c.code

@@ -72,7 +72,7 @@ A first round trip:
 		return usageError{fmt.Errorf("%w\n  See: %s --help", err, cmd.CommandPath())}
 	})
 	root.AddCommand(newDaemon(), newProtect(), newUnprotect(), newStatus(), newBookmark(), newPoints(),
-		newRestore(), newMount(), newVerify(), newDoctor(), newMan(), newMountServe())
+		newRestore(), newExport(), newMount(), newVerify(), newDoctor(), newMan(), newMountServe())
 	for _, c := range root.Commands() {
 		if c.Args != nil {
 			c.Args = usageArgs(c.Args)
