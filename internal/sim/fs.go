@@ -402,7 +402,7 @@ func (f *FS) ReadDir(name string) ([]fs.DirEntry, error) {
 	}
 	var out []fs.DirEntry
 	for _, k := range sortedKeys(d.now) {
-		out = append(out, fs.FileInfoToDirEntry(info{k, int64(len(d.now[k].now))}))
+		out = append(out, fs.FileInfoToDirEntry(info{name: k, size: int64(len(d.now[k].now))}))
 	}
 	return out, nil
 }
@@ -434,10 +434,12 @@ func (f *FS) Stat(name string) (fs.FileInfo, error) {
 	switch {
 	case f.crashed:
 		return nil, ErrCrashed
+	case f.dirs[path.Clean(name)] != nil:
+		return info{name: path.Base(name), dir: true}, nil
 	case node == nil:
 		return nil, absent("stat", name)
 	}
-	return info{base, int64(len(node.now))}, nil
+	return info{name: base, size: int64(len(node.now))}, nil
 }
 
 // Lock locks a name. The file itself is not part of the model.
@@ -469,11 +471,17 @@ func (u unlock) Close() error {
 type info struct {
 	name string
 	size int64
+	dir  bool
 }
 
-func (i info) Name() string     { return i.name }
-func (i info) Size() int64      { return i.size }
-func (info) Mode() fs.FileMode  { return 0o600 }
+func (i info) Name() string { return i.name }
+func (i info) Size() int64  { return i.size }
+func (i info) IsDir() bool  { return i.dir }
+func (i info) Mode() fs.FileMode {
+	if i.dir {
+		return fs.ModeDir | 0o700
+	}
+	return 0o600
+}
 func (info) ModTime() time.Time { return time.Time{} }
-func (info) IsDir() bool        { return false }
 func (info) Sys() any           { return nil }

@@ -206,7 +206,7 @@ func (c *Cursor) Commit(sequence uint64) error {
 	case err != nil:
 		return err
 	case !ok:
-		return fmt.Errorf("cursor %s: commit of segment %d, and none is at the cursor, which waits for %d: %w", c.name, sequence, c.next, ErrCommit)
+		return fmt.Errorf("cursor %s: commit of segment %d, and none is at the cursor, which waits for %d: %w", c.name, sequence, max(c.next, 1), ErrCommit)
 	case item.Sequence != sequence:
 		return fmt.Errorf("cursor %s: commit of segment %d, and segment %d is at the cursor: %w", c.name, sequence, item.Sequence, ErrCommit)
 	}

@@ -105,7 +105,7 @@ func Open(dir string, o Options) (*Spool, Report, error) {
 	if o.FS == nil {
 		o.FS = vfs.OS{}
 	}
-	if err := o.FS.MkdirAll(dir, 0o700); err != nil {
+	if err := makeDir(o.FS, filepath.Clean(dir)); err != nil {
 		return nil, report, err
 	}
 	lock, err := o.FS.Lock(filepath.Join(dir, "lock"))
@@ -121,6 +121,21 @@ func Open(dir string, o Options) (*Spool, Report, error) {
 		return nil, report, fmt.Errorf("spool %s: %w", dir, err)
 	}
 	return s, report, nil
+}
+
+// makeDir makes a folder, and what is missing above it, stable.
+func makeDir(f vfs.FS, dir string) error {
+	if _, err := f.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	parent := filepath.Dir(dir)
+	if err := makeDir(f, parent); err != nil {
+		return err
+	}
+	if err := f.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return f.SyncDir(parent)
 }
 
 func (s *Spool) path(sequence uint64) string {
