@@ -92,23 +92,28 @@ func (i Identity) String() string {
 // identity collects a device's names. What udev makes up is not used, because
 // it may not have run yet: the same disk must get the same names at every time.
 func (h Host) identity(i *Info) Identity {
-	id := Identity{Size: i.Size, Name: i.Name, DiskSeq: i.DiskSeq, Partition: i.Number, ByID: h.driveName(i.Whole)}
-	boot, _ := os.ReadFile(h.path("/proc/sys/kernel/random/boot_id"))
-	id.BootID = strings.TrimSpace(string(boot))
-	if i.Mapping != nil {
-		id.DMUUID = i.Mapping.UUID
+	id := h.given(i)
+	if i.Partition && id.PartUUID == "" {
+		id.PartUUID = partUUIDIn(h.head(i.Whole), i.LogicalSector, i.Number)
 	}
-	if i.Partition {
-		id.PartUUID = h.uevent(i.Name, "PARTUUID")
-		if id.PartUUID == "" {
-			id.PartUUID = partUUIDIn(h.head(i.Whole), i.LogicalSector, i.Number)
-		}
-	}
-	id.PartUUID = strings.ToLower(id.PartUUID)
 	head := h.head(i.Name)
 	i.fs, id.FSUUID = superblock(head)
 	if !i.Partition {
 		id.PTUUID = tableUUID(head, i.LogicalSector)
+	}
+	return id
+}
+
+// given are the names that are known without reading the device.
+func (h Host) given(i *Info) Identity {
+	id := Identity{Size: i.Size, Name: i.Name, DiskSeq: i.DiskSeq, Partition: i.Number, ByID: h.driveName(i.Whole)}
+	boot, _ := os.ReadFile(h.path("/proc/sys/kernel/random/boot_id")) // always there on Linux
+	id.BootID = strings.TrimSpace(string(boot))
+	if i.Mapping != nil && !i.Partition {
+		id.DMUUID = i.Mapping.UUID
+	}
+	if i.Partition {
+		id.PartUUID = strings.ToLower(h.uevent(i.Name, "PARTUUID"))
 	}
 	return id
 }

@@ -92,13 +92,17 @@ func (h Host) Inspect(spec string) (*Info, error) {
 }
 
 // Glance is Inspect without reading the device, which can wait while something
-// below it is frozen or away. Identity and what else the content tells is missing.
+// below it is frozen or away. Identity has only what is known without that.
 func Glance(spec string) (*Info, error) {
 	i, err := Host{}.named(spec)
 	if err != nil {
 		return nil, err
 	}
-	return i, i.host.surround(i)
+	i.Identity = i.host.given(i)
+	if err := i.host.surround(i); err != nil {
+		return nil, err
+	}
+	return i, nil
 }
 
 func (h Host) named(spec string) (*Info, error) {
