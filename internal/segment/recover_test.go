@@ -14,8 +14,8 @@ import (
 // noise is a write whose payload does not compress.
 func noise(r *rand.Rand, pos stream.Position, n int) stream.Record {
 	p := make([]byte, n)
-	for i := range p {
-		p[i] = byte(r.Uint32())
+	for i := 0; i+8 <= n; i += 8 {
+		le.PutUint64(p[i:], r.Uint64())
 	}
 	return stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: pos, Range: block.Range{Off: 512 * r.Int64N(100), Len: int64(n)}, Payload: p}
 }
@@ -191,14 +191,33 @@ func resum(b []byte) []byte {
 	return b
 }
 
-func exercise(t *testing.T, b []byte) {
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	s, err := open(b)
-	runtime.ReadMemStats(&after)
-	if got := after.TotalAlloc - before.TotalAlloc; got > uint64(64*len(b)+1<<20) {
-		t.Fatalf("opening %d bytes allocated %d", len(b), got)
+// TestHostileLengths writes huge numbers over every byte of header, index and
+// footer, mends the checksums, and looks at what opening allocates.
+func TestHostileLengths(t *testing.T) {
+	whole := build(t, sample(5, 3))
+	foot := len(whole) - footerSize
+	front := int(le.Uint32(whole[foot+16:]) + le.Uint32(whole[foot+24:]))
+	for at := range len(whole) - 8 {
+		if at >= front && at < foot {
+			continue
+		}
+		n := [...]uint32{1<<32 - 1, 1<<31 - 1, 1 << 24}[at%3]
+		b := bytes.Clone(whole)
+		le.PutUint32(b[at:], n)
+		b = resum(b)
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, _ = open(b)
+		_, _ = openFront(bytes.NewReader(b), int64(len(b)))
+		runtime.ReadMemStats(&after)
+		if got := after.TotalAlloc - before.TotalAlloc; got > uint64(16*len(b)) {
+			t.Fatalf("%d at byte %d: opening %d bytes allocated %d", n, at, len(b), got)
+		}
 	}
+}
+
+func exercise(t *testing.T, b []byte) {
+	s, err := open(b)
 	if _, _, err := Recover(bytes.NewReader(b), int64(len(b))); err != nil && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrVersion) {
 		t.Logf("recover: %v", err)
 	}

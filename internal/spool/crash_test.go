@@ -2,6 +2,7 @@ package spool
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -58,8 +59,8 @@ func (w *world) seal(sequence uint64) (*segment.Sealed, attempt) {
 	var a attempt
 	for range 1 + w.r.IntN(6) {
 		p := make([]byte, 512*(1+w.r.IntN(40)))
-		for i := range p {
-			p[i] = byte(w.r.Uint32())
+		for i := 0; i < len(p); i += 8 {
+			binary.LittleEndian.PutUint64(p[i:], w.r.Uint64())
 		}
 		r := stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: stream.Position(w.r.Uint32()), Range: block.Range{Len: int64(len(p))}, Payload: p}
 		if err := b.Append(&r); err != nil {
@@ -228,7 +229,7 @@ func (w *world) fail(format string, args ...any) {
 
 // TestCrash plays random histories with crashes and failing operations.
 func TestCrash(t *testing.T) {
-	for seed := range seeds(t, 250) {
+	for seed := range seeds(t, 150) {
 		w := newWorld(t, seed)
 		for range 6 {
 			w.fs.CrashAt(1 + w.r.IntN(80))
