@@ -16,7 +16,7 @@ import (
 // watched is what the last look at the disks and counters saw.
 type watched struct {
 	counters tap.Counters
-	excess   []int64 // bytes that the kernel counted beyond what was traced, by disk
+	excess   []int64 // bytes that the kernel counted beyond what was traced, by disk, at a settled moment; nil: not noted yet
 	valid    bool
 }
 
@@ -25,7 +25,7 @@ type watched struct {
 // more bytes written than were traced. Each makes the disks unknown as a whole.
 func (s *session) watch() error {
 	for i, was := range s.disks {
-		is, err := disk.Inspect(was.Path)
+		is, err := disk.Glance(was.Path) // reads nothing: a disk may sleep, or hang
 		if err != nil {
 			return fmt.Errorf("disk %s is gone: %w: %w", s.cfg.Disks[i].Name, err, ErrOffline)
 		}
@@ -42,15 +42,22 @@ func (s *session) watch() error {
 			return err
 		}
 	}
+	// The kernel's counts first: it counts bytes when they end, the tap when they
+	// are queued, so what is read in this order can only fall short of the tap's.
+	ended := make([]int64, len(s.disks))
+	for i, d := range s.disks {
+		ended[i] = -1
+		if written, discarded, ok, err := disk.Stat(d); err == nil && ok && !d.BioBased {
+			ended[i] = int64(written + discarded)
+		}
+	}
 	c, err := s.tap.Counters()
 	if err != nil {
 		return err
 	}
-	now := watched{counters: c, valid: true, excess: make([]int64, len(s.disks))}
-	for i, d := range s.disks {
-		if written, discarded, ok, err := disk.Stat(d); err == nil && ok {
-			now.excess[i] = int64(written+discarded) - int64(c.Disks[i].Traced)
-		}
+	now := watched{counters: c, valid: true, excess: s.watched.excess}
+	if why := s.crossCheck(&now, ended); why != "" {
+		return s.unknownTerritory(why)
 	}
 	was := s.watched
 	s.watched = now
@@ -70,10 +77,39 @@ func (s *session) watch() error {
 	return nil
 }
 
+// crossCheck compares the bytes that the kernel counted with those that were
+// traced. The difference is noted while the disks are known to be settled; when
+// it has grown since, bytes were written that nobody traced.
+func (s *session) crossCheck(now *watched, ended []int64) string {
+	if !s.gapOpen && s.quietScans >= 2 && now.excess == nil && s.still(now.counters) {
+		now.excess = make([]int64, len(ended))
+		for i := range ended {
+			now.excess[i] = ended[i] - int64(now.counters.Disks[i].Traced)
+		}
+		return ""
+	}
+	for i := range now.excess {
+		if ended[i] < 0 || ended[i]-int64(now.counters.Disks[i].Traced) <= now.excess[i] {
+			continue
+		}
+		s.watched.excess = nil // anew when it is settled again
+		return fmt.Sprintf("the kernel counts more bytes written to %s than were traced", s.cfg.Disks[i].Name)
+	}
+	return ""
+}
+
+// still says that nothing was written since the last look and nothing is on its way.
+func (s *session) still(now tap.Counters) bool {
+	for i, d := range s.disks {
+		r, w, err := disk.InFlight(d)
+		if !s.watched.valid || err != nil || r+w > 0 || now.Disks[i].Traced != s.watched.counters.Disks[i].Traced {
+			return false
+		}
+	}
+	return true
+}
+
 // unexplained names what happened between two looks that no record tells of.
-// The kernel counts bytes when they end and the tap when they are queued, so
-// the kernel can catch up with the tap but not overtake it; what was on its way
-// when the tap started is allowed for by looking at growth over the highest mark.
 func unexplained(was, now watched) string {
 	if now.counters.MissedQueue > was.counters.MissedQueue {
 		return "the kernel skipped the capture program for a write"
