@@ -47,7 +47,9 @@ func (g *guest) boot(t *testing.T) *results {
 	for i := range g.jobs {
 		g.jobs[i].build(t, dir, i)
 	}
-	script := g.script(kernel)
+	program := filepath.Join(dir, "tidemark")
+	goTool(t, "build", "-o", program, "./cmd/tidemark")
+	script := g.script(kernel, program)
 	if err := os.WriteFile(filepath.Join(res.dir, "run.sh"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}

@@ -23,30 +23,41 @@ type job struct {
 // emulation makes too slow.
 func (j *job) build(t *testing.T, dir string, n int) {
 	t.Helper()
-	root, err := filepath.Abs("../..")
-	if err != nil {
-		t.Fatal(err)
-	}
-	j.root = root
+	j.root = root(t)
 	j.out = fmt.Sprintf("%02d-%s", n, strings.ReplaceAll(j.pkg, "/", "-"))
 	j.binary = filepath.Join(dir, j.out+".test")
-	cmd := exec.CommandContext(t.Context(), "go", "test", "-c", "-tags", "guest", "-o", j.binary, "./"+j.pkg)
-	cmd.Dir = root
+	goTool(t, "test", "-c", "-tags", "guest", "-o", j.binary, "./"+j.pkg)
+}
+
+// goTool runs go at the repository's root, for binaries that need no library.
+func goTool(t *testing.T, args ...string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", args...)
+	cmd.Dir = root(t)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %v\n%s", cmd, err, out)
 	}
 }
 
+func root(t *testing.T) string {
+	t.Helper()
+	dir, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
 // script is what the guest runs in place of an init. The host's files are all
 // there, at their own paths; what it changes is gone when it ends.
-func (g *guest) script(kernel string) string {
+func (g *guest) script(kernel, program string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, `#!/bin/bash
 exec </dev/null >/results/log 2>&1
 touch /results/booted
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C DM_DISABLE_UDEV=1
-export TIDEMARK_REQUIRE=root,tap,loop,fuse,dm TIDEMARK_SKIPS=/results/skips
+export TIDEMARK_REQUIRE=root,tap,loop,fuse,dm TIDEMARK_SKIPS=/results/skips TIDEMARK_BIN=%[2]s
 mkdir -p /dev/shm /dev/pts /run
 mount -t tmpfs shm /dev/shm
 mount -t devpts pts /dev/pts
@@ -58,7 +69,7 @@ ln -sfn %[1]s/lib/modules/$(uname -r) /lib/modules/$(uname -r)
 modprobe loop max_loop=8
 for m in fuse virtio_blk dm-mod ext4 xfs btrfs; do modprobe $m; done
 busybox ip link set lo up
-`, quote(kernel))
+`, quote(kernel), quote(program))
 	for _, j := range g.jobs {
 		fmt.Fprintf(&b, "cd %s && timeout -k 5 %d %s -test.v=test2json -test.timeout=%v -test.run=%s >/results/%s.out 2>&1\necho $? >/results/%[6]s.exit\n",
 			quote(filepath.Join(j.root, j.pkg)), int(j.timeout.Seconds())+10, quote(j.binary), j.timeout, quote(j.run), j.out)

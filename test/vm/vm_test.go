@@ -16,7 +16,7 @@ import (
 // jobs is what every guest runs.
 func jobs() []job {
 	return []job{
-		{pkg: "test/vm/guest", timeout: 5 * time.Minute},
+		{pkg: "test/vm/guest", timeout: 8 * time.Minute},
 		{pkg: "internal/tap", timeout: 5 * time.Minute},
 		{pkg: "internal/loop", timeout: 2 * time.Minute},
 		{pkg: "internal/disk", timeout: 2 * time.Minute},
@@ -31,7 +31,7 @@ func TestDebian612(t *testing.T) { runGuest(t, "bookworm-backports") }
 
 func runGuest(t *testing.T, suite string) {
 	testkit.Need(t, "vm")
-	g := &guest{suite: suite, jobs: jobs(), timeout: 12 * time.Minute}
+	g := &guest{suite: suite, jobs: jobs(), timeout: 15 * time.Minute}
 	if only := os.Getenv("TIDEMARK_VM_PACKAGES"); only != "" {
 		g.jobs = slices.DeleteFunc(g.jobs, func(j job) bool { return !slices.Contains(strings.Split(only, ","), j.pkg) })
 	}
