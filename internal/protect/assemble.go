@@ -79,7 +79,10 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 	}
 	undo = append(undo, s.spool.Close)
 	if len(report.Torn) > 0 {
-		env.Log.Warn("a crash left an unfinished segment, which was removed", "group", cfg.Name, "files", report.Torn)
+		env.Log.Warn("a crash left unfinished files in the spool", "group", cfg.Name, "files", report.Torn)
+	}
+	for _, damage := range report.Damaged {
+		env.Log.Error("the spool is damaged", "group", cfg.Name, "error", damage)
 	}
 	if s.cursor, err = s.spool.Cursor("vault"); err != nil {
 		return s, err
@@ -266,7 +269,9 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 	if h != nil {
 		s.carry(h)
 		last := h.Last()
-		if last.Source.Ring == s.tap.Identity() {
+		// A consumer beyond the newest segment: what was between them is lost.
+		lost := s.tap.Consumer() > tap.Place(last.Source.Place)
+		if last.Source.Ring == s.tap.Identity() && !lost {
 			s.skipBefore, s.seenDrops = tap.Place(last.Source.Place), last.Source.Drops
 			s.gapSince = last.GapSince
 			if s.gapOpen = last.Settled == 0; !s.gapOpen {

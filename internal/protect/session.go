@@ -172,7 +172,7 @@ func (s *session) step() error {
 		return err
 	}
 	old := s.builder.Records() > 0 && time.Since(s.builderSince) >= s.settings.SealEvery
-	if old || s.urgent || s.builder.Size() >= s.settings.SegmentBytes || s.builder.Records() == 0 && s.place != s.tap.Consumer() {
+	if old || s.urgent || s.builder.Size() >= s.settings.SegmentBytes {
 		s.urgent = false
 		if err := s.seal(); err != nil {
 			return err
