@@ -13,7 +13,7 @@ import (
 // job is one package's tests, run in the guest.
 type job struct {
 	pkg     string        // folder below the repository's root
-	run     string        // pattern of go test -run; empty: all
+	run     string        // pattern of go test -run (TIDEMARK_VM_RUN); empty: all
 	timeout time.Duration // of its tests together, in the guest
 
 	binary, out, root string

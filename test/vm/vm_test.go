@@ -35,6 +35,9 @@ func runGuest(t *testing.T, suite string) {
 	if only := os.Getenv("TIDEMARK_VM_PACKAGES"); only != "" {
 		g.jobs = slices.DeleteFunc(g.jobs, func(j job) bool { return !slices.Contains(strings.Split(only, ","), j.pkg) })
 	}
+	for i := range g.jobs {
+		g.jobs[i].run = os.Getenv("TIDEMARK_VM_RUN")
+	}
 	g.report(t, g.boot(t))
 }
 

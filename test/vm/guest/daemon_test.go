@@ -99,9 +99,9 @@ type status struct {
 		Since    uint64 `json:"consistent_since"`
 		Captured uint64 `json:"captured_position"`
 		Durable  uint64 `json:"durable_position"`
-		Lost     uint64 `json:"lost_writes"`
 		Disks    []struct {
-			Gap int64 `json:"gap_bytes"`
+			Gap  int64  `json:"gap_bytes"`
+			Lost uint64 `json:"lost_writes"`
 		} `json:"disks"`
 	} `json:"groups"`
 }
@@ -119,11 +119,13 @@ func (d *daemon) settle(group string) (lost uint64) {
 		}
 		for _, g := range s.Groups {
 			var gap int64
+			var n uint64
 			for _, disk := range g.Disks {
 				gap += disk.Gap
+				n += disk.Lost
 			}
 			if g.Name == group && g.Since > 0 && gap == 0 && g.Captured == g.Durable {
-				return g.Lost
+				return n
 			}
 		}
 		if time.Now().After(deadline) {
