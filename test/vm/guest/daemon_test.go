@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"context"
 	"encoding/json"
 	"os"
 	"os/exec"
@@ -27,7 +28,8 @@ func newDaemon(t testing.TB) *daemon {
 	d.start()
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("the daemon said:\n%s", d.log())
+			text, _ := d.try("status", "--json")
+			t.Logf("status %s\nthe daemon said:\n%s", text, d.log())
 		}
 		d.kill()
 	})
@@ -75,7 +77,9 @@ func (d *daemon) log() string {
 }
 
 func (d *daemon) try(args ...string) (string, error) {
-	cmd := exec.Command(os.Getenv("TIDEMARK_BIN"), args...)
+	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second) // a verb that waits for ever must not take all tests with it
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Getenv("TIDEMARK_BIN"), args...)
 	cmd.Env = d.env()
 	out, err := cmd.CombinedOutput()
 	return string(out), err
