@@ -4,13 +4,13 @@
  * with a test that compares the sizes through BTF. */
 #pragma once
 
-#define LAYOUT 1
+#define LAYOUT 2
 #define TARGETS_MAX 16	 /* protected ranges of one whole disk */
 #define DISKS_MAX 64	 /* disks of a group */
 #define INFLIGHT_MAX 65536
 #define PAGE 4096
 #define NAME_MAX 128
-#define RING_KEEP (64 << 10) /* room that payloads leave for bookmarks and ranges */
+#define RING_KEEP (64 << 10) /* room that payloads leave for bookmarks and ranges; a quarter of a small ring */
 
 enum kind {
 	KIND_WRITE = 1,
@@ -49,14 +49,29 @@ struct state {
 	__u64 drops;	/* writes whose place in the stream is a gap */
 	__u64 va_base;	/* address of a page = (struct page * << va_shift) + va_base */
 	__u32 va_shift;
-	__u32 payload;	/* 0: metadata mode */
-	__u32 ends;	/* keep track of bios in flight */
+	__u32 payload;	/* enum below */
+	__u32 ends;	/* enum below */
 	__u32 change;	/* number written into the change map */
 	__u64 payload_max;
 	__u64 ring_size;
 	__u64 lost_ranges;  /* lost writes that left a range in the ring */
 	__u64 inflight_full;
-	__u64 reserved[8];
+	__u64 remapped; /* a disk of the group may end its bios as another disk's */
+	__u64 reserved[7];
+};
+
+enum {
+	PAYLOAD_NO = 0, /* metadata mode: every write is lost, with its range */
+	PAYLOAD_YES = 1,
+	PAYLOAD_MAP = 2, /* nothing but the change map */
+};
+
+/* Tracking of bios in flight. A program that loses a write goes to ON, the
+ * daemon from there to DRAIN, and to OFF when it has emptied the map. */
+enum {
+	ENDS_OFF = 0,
+	ENDS_ON = 1,	/* every bio queued goes into the map; an end that is not in it is a gap */
+	ENDS_DRAIN = 2, /* none goes in, those in it still come out */
 };
 
 struct target {
@@ -95,11 +110,15 @@ struct counters {
 	__u64 lost;	     /* number */
 	__u64 failed;	     /* number */
 	__u64 unknown;	     /* ends of bios that were not in the map, number */
-	__u64 foreign;	     /* writes to another disk under this number, or past the end, number */
+	__u64 foreign;	     /* writes to another disk under this number, number */
 	__u64 passthrough;   /* commands that may have written, number */
 	__u64 unreadable;    /* payloads that could not be read, number */
 	__u64 blind;	     /* ends whose range cannot be told, number */
-	__u64 reserved[5];
+	__u64 untracked;     /* queued without a place in the map of bios in flight */
+	__u64 untracked_ended; /* ended and was not in it */
+	__u64 level;	     /* untracked_ended - untracked at rest; the daemon's */
+	__u64 level_known;   /* the daemon's */
+	__u64 reserved;
 };
 
 #define FLIGHT_DROPPED 1

@@ -137,53 +137,60 @@ static __always_inline bool is_write(__u32 op)
 
 /* ---- change map and gap bits -------------------------------------------- */
 
-struct blocks {
-	__u64 first;
+/* A run of blocks. The loops take eight bytes or a word of bits at a step: a
+ * discard can span a million blocks, and its submitter waits. */
+struct run {
+	__u64 at, end;
 	__u32 number; /* for the change map */
 };
 
-static __always_inline void change_one(__u64 at, __u32 number)
+static long change_step(__u32 i, struct run *r)
 {
-	__u32 i = at / PAGE;
-	struct map_page *p = bpf_map_lookup_elem(&change, &i);
-	if (p)
-		p->b[at & (PAGE - 1)] = number;
-}
-
-static long change_step(__u32 i, struct blocks *b)
-{
-	change_one(b->first + i, b->number);
+	__u32 page = r->at / PAGE, off = r->at & (PAGE - 1);
+	if (r->at >= r->end)
+		return 1;
+	struct map_page *p = bpf_map_lookup_elem(&change, &page);
+	if (!p)
+		return 1;
+	if (!(off & 7) && r->end - r->at >= 8) {
+		*(__u64 *)&p->b[off & (PAGE - 8)] = (r->number & 0xff) * 0x0101010101010101ULL;
+		r->at += 8;
+	} else {
+		p->b[off & (PAGE - 1)] = r->number;
+		r->at++;
+	}
 	return 0;
 }
 
+/* mark_changed marks blocks first to last of t. */
 static __always_inline void mark_changed(struct target *t, __u64 first, __u64 last, __u32 number)
 {
-	struct blocks b = { .first = t->change + first, .number = number };
-	__u64 n = last - first + 1;
-	if (n == 1)
-		change_one(b.first, number);
+	struct run r = { .at = t->change + first, .end = t->change + last + 1, .number = number };
+	if (first == last)
+		change_step(0, &r);
 	else
-		bpf_loop(n, change_step, &b, 0);
+		bpf_loop((last - first) / 8 + 15, change_step, &r, 0);
 }
 
-static __always_inline void gap_one(__u64 bit)
+static long gap_step(__u32 i, struct run *r)
 {
-	__u64 word = bit / 64;
-	__u32 i = word / (PAGE / 8);
-	struct word_page *p = bpf_map_lookup_elem(&gaps, &i);
-	if (p)
-		__sync_fetch_and_or(&p->w[word & (PAGE / 8 - 1)], 1ULL << (bit & 63));
-}
-
-static long gap_step(__u32 i, struct blocks *b)
-{
-	gap_one(b->first + i);
+	__u64 word = r->at / 64, shift = r->at & 63, n = 64 - shift;
+	__u32 page = word / (PAGE / 8);
+	if (r->at >= r->end)
+		return 1;
+	if (n > r->end - r->at)
+		n = r->end - r->at;
+	struct word_page *p = bpf_map_lookup_elem(&gaps, &page);
+	if (!p)
+		return 1;
+	__sync_fetch_and_or(&p->w[word & (PAGE / 8 - 1)], (~0ULL >> ((64 - n) & 63)) << shift);
+	r->at += n;
 	return 0;
 }
 
-/* set_gap marks the part of [sector, sector+count) that lies in t. It says
- * whether there was one. */
-static __always_inline bool set_gap(struct target *t, __u64 sector, __u64 count)
+/* set_gap marks the part of [sector, sector+count) that lies in t, as changed
+ * and as a gap. It says whether there was one. */
+static __always_inline bool set_gap(struct target *t, __u64 sector, __u64 count, __u32 number)
 {
 	__u64 from = sector > t->start ? sector : t->start;
 	__u64 end = sector + count, tend = t->start + t->length;
@@ -191,9 +198,10 @@ static __always_inline bool set_gap(struct target *t, __u64 sector, __u64 count)
 		end = tend;
 	if (from >= end)
 		return false;
-	struct blocks b = { .first = t->gap * 64 + ((from - t->start) >> t->shift) };
-	__u64 n = ((end - 1 - t->start) >> t->shift) - ((from - t->start) >> t->shift) + 1;
-	bpf_loop(n, gap_step, &b, 0);
+	__u64 first = (from - t->start) >> t->shift, last = (end - 1 - t->start) >> t->shift;
+	mark_changed(t, first, last, number);
+	struct run r = { .at = t->gap * 64 + first, .end = t->gap * 64 + last + 1 };
+	bpf_loop((last - first) / 64 + 2, gap_step, &r, 0);
 	return true;
 }
 
@@ -201,6 +209,7 @@ struct spread {
 	struct whole *w;
 	__u64 sector, count;
 	__u32 hit;
+	__u32 number;
 };
 
 static long spread_step(__u32 i, struct spread *s)
@@ -208,7 +217,7 @@ static long spread_step(__u32 i, struct spread *s)
 	struct whole *w = s->w;
 	if (i >= TARGETS_MAX || i >= w->count)
 		return 1;
-	if (set_gap(&w->t[i], s->sector, s->count))
+	if (set_gap(&w->t[i], s->sector, s->count, s->number))
 		s->hit++;
 	return 0;
 }
@@ -221,7 +230,7 @@ static __noinline long gap_all(__u32 dev, __u64 sector, __u64 count)
 	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
 	if (!st || !w)
 		return 0;
-	struct spread s = { .w = w, .sector = sector, .count = count };
+	struct spread s = { .w = w, .sector = sector, .count = count, .number = st->change };
 	bpf_loop(TARGETS_MAX, spread_step, &s, 0);
 	if (s.hit)
 		__sync_fetch_and_add(&st->drops, 1);
@@ -230,7 +239,7 @@ static __noinline long gap_all(__u32 dev, __u64 sector, __u64 count)
 
 /* ---- a bio is queued ----------------------------------------------------- */
 
-/* As in the kernel; its layout has been this since 2001 and is checked at start. */
+/* As in the kernel; its layout has been this since 2001 and is checked at start (internal/tap/kernel.go). */
 struct vec {
 	__u64 page;
 	__u32 len;
@@ -294,8 +303,6 @@ static long copy_step(__u32 i, struct walk *w)
 	return 0;
 }
 
-/* wakeup spares the daemon a poll only when it falls behind; it looks by itself
- * many times a second. */
 static __always_inline void fill_head(struct head *h, __u32 kind, struct target *t, __u32 op, __u64 sector, __u32 bytes, __u64 drops)
 {
 	h->kind = kind;
@@ -316,6 +323,8 @@ static __always_inline void fill_head(struct head *h, __u32 kind, struct target 
  * set aside. Another CPU may take it meanwhile: then the reserve fails. */
 static __always_inline bool room(struct state *st, __u64 n, __u64 keep)
 {
+	if (keep > st->ring_size / 4)
+		keep = st->ring_size / 4;
 	return bpf_ringbuf_query(&ring, BPF_RB_AVAIL_DATA) + n + 8 + keep <= st->ring_size;
 }
 
@@ -364,7 +373,7 @@ static __always_inline int put_payload(struct state *st, struct target *t, struc
 		struct vec v;
 		if (bpf_probe_read_kernel(&v, sizeof(v), (void *)(w.vecs + (__u64)w.index * sizeof(v))))
 			return UNREADABLE;
-		if (v.len - w.done >= PAGE)
+		if (v.len >= PAGE && w.done <= v.len - PAGE)
 			return put_page(st, t, sector, drops, (v.page << w.shift) + w.base + v.off + w.done);
 	}
 	if (bpf_ringbuf_reserve_dynptr(&ring, sizeof(h) + bytes, 0, &w.ptr)) {
@@ -373,7 +382,8 @@ static __always_inline int put_payload(struct state *st, struct target *t, struc
 	}
 	w.left = bytes;
 	w.out = sizeof(h);
-	bpf_loop((bytes >> 9) * 2 + 64, copy_step, &w, 0);
+	/* Each of at most 256 vectors can end in one piece below 512 bytes. */
+	bpf_loop((bytes >> 9) * 2 + 256, copy_step, &w, 0);
 	if (w.left) {
 		bpf_ringbuf_discard_dynptr(&w.ptr, BPF_RB_NO_WAKEUP);
 		return UNREADABLE;
@@ -396,18 +406,22 @@ static __always_inline int capture(struct state *st, struct target *t, struct bi
 {
 	if (op != OP_WRITE)
 		return room(st, sizeof(struct head), RING_KEEP) ? put_bare(t, KIND_WRITE, block_op(op), sector, bytes, drops) : NO_ROOM;
-	if (!st->payload)
+	if (st->payload != PAYLOAD_YES)
 		return UNREADABLE;
 	if (bytes > st->payload_max || !room(st, sizeof(struct head) + bytes, RING_KEEP))
 		return NO_ROOM;
 	return put_payload(st, t, bio, sector, bytes, drops);
 }
 
-static __always_inline void track(struct state *st, __u64 key, __u32 dev, __u64 sector, __u32 bytes, __u64 place, __u32 flags)
+/* track puts a bio into the map of those in flight, in place of an older one
+ * under its address: that one has ended. */
+static __always_inline bool track(struct state *st, __u64 key, __u32 dev, __u64 sector, __u32 bytes, __u64 place, __u32 flags)
 {
 	struct flight f = { .place = place, .sector = sector, .left = bytes, .bytes = bytes, .whole = dev, .flags = flags };
-	if (bpf_map_update_elem(&inflight, &key, &f, BPF_ANY))
-		__sync_fetch_and_add(&st->inflight_full, 1); /* its end will be unknown, and a gap */
+	if (!bpf_map_update_elem(&inflight, &key, &f, BPF_ANY))
+		return true;
+	__sync_fetch_and_add(&st->inflight_full, 1); /* its end will be unknown, and a gap */
+	return false;
 }
 
 struct find {
@@ -445,29 +459,32 @@ SEC("tp_btf/block_bio_queue") int BPF_PROG(queue, struct bio *bio)
 	if (!c)
 		return 0;
 	__u64 drops = *(volatile __u64 *)&st->drops;
-	__sync_fetch_and_add(&c->traced, bytes);
 	if (disk->diskseq != w->diskseq) {
 		__sync_fetch_and_add(&c->foreign, 1);
 		return 0;
 	}
+	__sync_fetch_and_add(&c->traced, bytes);
 	__u64 sector = bio->bi_iter.bi_sector, count = bytes >> 9;
 	struct find f = { .w = w, .sector = sector, .end = sector + count };
 	if (w->count == 1)
 		find_step(0, &f);
 	else
 		bpf_loop(TARGETS_MAX, find_step, &f, 0);
+	__u64 place = bpf_ringbuf_query(&ring, BPF_RB_PROD_POS);
+	bool tracked = st->ends == ENDS_ON || w->bio_based;
+	if (tracked)
+		tracked = track(st, (__u64)bio, dev, sector, bytes, place, 0);
+	if (!tracked)
+		__sync_fetch_and_add(&c->untracked, bytes);
 	if (!f.met || f.at >= TARGETS_MAX)
 		return 0;
 	struct target *t = &w->t[f.at];
 	bool inside = f.met == 1 && sector >= t->start && sector + count <= t->start + t->length;
-
-	__u64 place = bpf_ringbuf_query(&ring, BPF_RB_PROD_POS);
-	bool tracked = st->ends || w->bio_based;
-	if (tracked)
-		track(st, (__u64)bio, dev, sector, bytes, place, 0);
 	int result = NO_ROOM;
 	if (inside) {
 		mark_changed(t, (sector - t->start) >> t->shift, (sector + count - 1 - t->start) >> t->shift, st->change);
+		if (st->payload == PAYLOAD_MAP)
+			return 0;
 		result = capture(st, t, bio, op, sector, bytes, drops);
 	}
 	if (result == CAPTURED) {
@@ -475,8 +492,9 @@ SEC("tp_btf/block_bio_queue") int BPF_PROG(queue, struct bio *bio)
 		__sync_fetch_and_add(&c->bytes, bytes);
 		return 0;
 	}
-	st->ends = 1;
-	track(st, (__u64)bio, dev, sector, bytes, place, FLIGHT_DROPPED);
+	st->ends = ENDS_ON;
+	if (track(st, (__u64)bio, dev, sector, bytes, place, FLIGHT_DROPPED) && !tracked)
+		__sync_fetch_and_add(&c->untracked, -(__u64)bytes);
 	__sync_fetch_and_add(&c->lost, 1);
 	if (result == UNREADABLE)
 		__sync_fetch_and_add(&c->unreadable, 1);
@@ -489,11 +507,19 @@ SEC("tp_btf/block_bio_queue") int BPF_PROG(queue, struct bio *bio)
 
 /* ---- a bio ends ---------------------------------------------------------- */
 
+/* holds says whether sectors of a disk are part of what f was queued with. A
+ * bio's bi_private is its parent where it was split; a file system chains bios
+ * to their successors by the same field, and those are other sectors. */
+static __always_inline bool holds(struct flight *f, __u32 dev, __u64 sector, __u64 count)
+{
+	return f->whole == dev && sector >= f->sector && sector + count <= f->sector + (f->bytes >> 9);
+}
+
 /* ended takes n bytes off a bio in flight; false: it is not in the map. */
-static __always_inline bool ended(__u64 key, __u32 n)
+static __always_inline bool ended(__u64 key, __u32 dev, __u64 sector, __u32 n)
 {
 	struct flight *f = bpf_map_lookup_elem(&inflight, &key);
-	if (!f)
+	if (!f || !holds(f, dev, sector, n >> 9))
 		return false;
 	__s64 left = __sync_fetch_and_add(&f->left, -(__s64)n);
 	if (left <= (__s64)n)
@@ -501,13 +527,51 @@ static __always_inline bool ended(__u64 key, __u32 n)
 	return true;
 }
 
+/* Of a request: its bios' sectors, those that were not in the map, as one range
+ * that holds them all (a merged discard has several), and how many bytes that was. */
 struct ends {
 	struct bio *bio;
-	__u32 left;
-	__u64 from, end; /* what ended and was not in the map; one range that holds it all */
+	__u32 left, dev;
+	bool look;
+	__u64 from, end;
+	__u64 old_from, old_end, old;
 };
 
 static long end_step(__u32 i, struct ends *e)
+{
+	struct bio *bio = e->bio;
+	if (!bio || !e->left)
+		return 1;
+	__u64 sector = BPF_CORE_READ(bio, bi_iter.bi_sector);
+	__u32 n = BPF_CORE_READ(bio, bi_iter.bi_size);
+	if (n > e->left)
+		n = e->left;
+	e->left -= n;
+	__u64 end = sector + (n >> 9);
+	if (sector < e->from)
+		e->from = sector;
+	if (end > e->end)
+		e->end = end;
+	if (e->look && !ended((__u64)bio, e->dev, sector, n) && !ended((__u64)BPF_CORE_READ(bio, bi_private), e->dev, sector, n)) {
+		e->old += n;
+		if (sector < e->old_from)
+			e->old_from = sector;
+		if (end > e->old_end)
+			e->old_end = end;
+	}
+	e->bio = BPF_CORE_READ(bio, bi_next);
+	return 0;
+}
+
+/* Some bio-based drivers (NVMe with several paths, md without statistics) hand
+ * the very bio on to a disk below, and it ends there. */
+struct below {
+	struct bio *bio;
+	__u32 left;
+	__u8 error;
+};
+
+static long below_step(__u32 i, struct below *e)
 {
 	struct bio *bio = e->bio;
 	if (!bio || !e->left)
@@ -516,42 +580,67 @@ static long end_step(__u32 i, struct ends *e)
 	if (n > e->left)
 		n = e->left;
 	e->left -= n;
-	/* A part of a split bio is a child; its parent is what was queued. */
-	if (!ended((__u64)bio, n) && !ended((__u64)BPF_CORE_READ(bio, bi_private), n)) {
+	__u64 key = (__u64)bio;
+	struct flight *f = bpf_map_lookup_elem(&inflight, &key);
+	if (!f) { /* split below: the same sectors, where only the path differs */
 		__u64 sector = BPF_CORE_READ(bio, bi_iter.bi_sector);
-		if (sector < e->from)
-			e->from = sector;
-		if (sector + (n >> 9) > e->end)
-			e->end = sector + (n >> 9);
+		key = (__u64)BPF_CORE_READ(bio, bi_private);
+		f = bpf_map_lookup_elem(&inflight, &key);
+		if (f && !holds(f, f->whole, sector, n >> 9))
+			f = 0;
+	}
+	if (f) {
+		__u32 dev = f->whole;
+		__u64 sector = f->sector, count = f->bytes >> 9;
+		if (__sync_fetch_and_add(&f->left, -(__s64)n) <= (__s64)n)
+			bpf_map_delete_elem(&inflight, &key);
+		if (e->error)
+			gap_all(dev, sector, count);
 	}
 	e->bio = BPF_CORE_READ(bio, bi_next);
 	return 0;
 }
+
+#define BIOS_MAX (1 << 16) /* of one request */
 
 SEC("tp_btf/block_rq_complete") int BPF_PROG(rq_complete, struct request *rq, __u8 error, unsigned int bytes)
 {
 	if (!is_write(rq->cmd_flags & OP_MASK) || !bytes)
 		return 0;
 	struct gendisk *disk = rq->q->disk;
-	if (!disk)
+	struct state *st = get_state();
+	if (!disk || !st)
 		return 0;
 	__u32 dev = BPF_CORE_READ(disk, part0, bd_dev);
 	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
-	struct state *st = get_state();
-	if (!w || !st || disk->diskseq != w->diskseq)
+	if (!w) {
+		struct below b = { .bio = rq->bio, .left = bytes, .error = error };
+		if (st->remapped)
+			bpf_loop(BIOS_MAX, below_step, &b, 0);
+		return 0;
+	}
+	if (disk->diskseq != w->diskseq)
 		return 0;
 	struct counters *c = get_counts(w);
 	if (!c)
 		return 0;
 	__sync_fetch_and_add(&c->ended, bytes);
-	if (error && gap_all(dev, rq->__sector, bytes >> 9))
-		__sync_fetch_and_add(&c->failed, 1);
-	if (!st->ends)
-		return 0;
-	struct ends e = { .bio = rq->bio, .left = bytes, .from = ~0ULL };
-	bpf_loop(4096, end_step, &e, 0);
-	if (e.end && gap_all(dev, e.from, e.end - e.from))
+	__u32 ends = st->ends;
+	struct ends e = { .bio = rq->bio, .left = bytes, .dev = dev, .look = ends != ENDS_OFF, .from = ~0ULL, .old_from = ~0ULL };
+	if (error || e.look)
+		bpf_loop(BIOS_MAX, end_step, &e, 0);
+	if (error) {
+		__u64 from = rq->__sector, end = from + (bytes >> 9);
+		if (e.end > end)
+			end = e.end;
+		if (e.from < from)
+			from = e.from;
+		if (gap_all(dev, from, end - from))
+			__sync_fetch_and_add(&c->failed, 1);
+	}
+	if (ends == ENDS_ON && e.old && gap_all(dev, e.old_from, e.old_end - e.old_from))
 		__sync_fetch_and_add(&c->unknown, 1);
+	__sync_fetch_and_add(&c->untracked_ended, e.look ? e.old : bytes);
 	return 0;
 }
 
@@ -559,7 +648,8 @@ SEC("tp_btf/block_rq_complete") int BPF_PROG(rq_complete, struct request *rq, __
  * ended before they became requests. */
 SEC("tp_btf/block_bio_complete") int BPF_PROG(bio_complete, struct request_queue *q, struct bio *bio)
 {
-	if (!is_write(bio->bi_opf & OP_MASK))
+	__u32 op = bio->bi_opf & OP_MASK;
+	if (!is_write(op))
 		return 0;
 	struct gendisk *disk = bio->bi_bdev->bd_disk;
 	__u32 dev = BPF_CORE_READ(disk, part0, bd_dev);
@@ -567,40 +657,54 @@ SEC("tp_btf/block_bio_complete") int BPF_PROG(bio_complete, struct request_queue
 	struct state *st = get_state();
 	if (!w || !st || disk->diskseq != w->diskseq)
 		return 0;
+	if (op == OP_WRITE && !bio->bi_io_vec)
+		return 0; /* a flush without data, which was not counted when it was queued */
 	struct counters *c = get_counts(w);
 	if (!c)
 		return 0;
 	__u64 key = (__u64)bio, sector = bio->bi_iter.bi_sector;
-	__u32 bytes = bio->bi_iter.bi_size;
+	__u32 bytes = bio->bi_iter.bi_size, ends = st->ends;
 	__u8 status = bio->bi_status;
-	struct flight *f = bpf_map_lookup_elem(&inflight, &key);
-	if (f) {
-		sector = f->sector;
-		bytes = f->bytes;
-		bpf_map_delete_elem(&inflight, &key);
-	} else {
-		__u64 parent = (__u64)BPF_CORE_READ(bio, bi_private);
-		f = bpf_map_lookup_elem(&inflight, &parent);
-		if (f) {
-			/* A child. On a bio-based disk its parent ends here too, with its status. */
-			if (w->bio_based)
-				return 0;
-			if (!bytes) {
-				sector = f->sector;
-				bytes = f->bytes;
+	struct flight *f = 0;
+	bool old = true;
+	if (ends != ENDS_OFF || w->bio_based) {
+		/* Where it was advanced to its end, only the end of its range is known. */
+		f = bpf_map_lookup_elem(&inflight, &key);
+		if (f && holds(f, dev, sector, bytes >> 9)) {
+			sector = f->sector;
+			bytes = f->bytes;
+			bpf_map_delete_elem(&inflight, &key);
+			old = false;
+		} else {
+			key = (__u64)BPF_CORE_READ(bio, bi_private);
+			f = bpf_map_lookup_elem(&inflight, &key);
+			if (f && holds(f, dev, sector, bytes >> 9) && (bytes || sector > f->sector)) {
+				/* A child. On a bio-based disk its parent ends here too, with its status. */
+				if (w->bio_based)
+					return 0;
+				old = false;
+				if (bytes) {
+					ended(key, dev, sector, bytes);
+				} else {
+					sector = f->sector;
+					bytes = f->bytes;
+					bpf_map_delete_elem(&inflight, &key);
+				}
 			}
-			ended(parent, bytes);
-		} else if (st->ends || w->bio_based) {
-			if (!bytes) /* advanced to its end: where it was cannot be told */
-				__sync_fetch_and_add(&c->blind, 1);
-			else if (gap_all(dev, sector, bytes >> 9))
-				__sync_fetch_and_add(&c->unknown, 1);
-			status = 0;
 		}
 	}
 	__sync_fetch_and_add(&c->ended, bytes);
-	if (status && gap_all(dev, sector, bytes >> 9))
-		__sync_fetch_and_add(&c->failed, 1);
+	if (old) {
+		__sync_fetch_and_add(&c->untracked_ended, bytes);
+		if (!bytes && (status || ends == ENDS_ON || w->bio_based))
+			__sync_fetch_and_add(&c->blind, 1);
+	}
+	if (status) {
+		if (gap_all(dev, sector, bytes >> 9))
+			__sync_fetch_and_add(&c->failed, 1);
+	} else if (old && (ends == ENDS_ON || w->bio_based) && gap_all(dev, sector, bytes >> 9)) {
+		__sync_fetch_and_add(&c->unknown, 1);
+	}
 	return 0;
 }
 
@@ -623,6 +727,21 @@ static __always_inline bool scsi_harmless(__u8 op)
 	case 0x5e: case 0x5f: /* persistent reserve */
 	case 0xa0: /* report luns */
 	case 0xa3: /* maintenance in */
+		return true;
+	}
+	return false;
+}
+
+/* ATA commands inside SCSI ones, as tools for disk health send them. */
+static __always_inline bool ata_harmless(__u8 op)
+{
+	switch (op) {
+	case 0x2f: case 0x47: /* read log */
+	case 0xa1: case 0xec: /* identify */
+	case 0xb0: /* SMART */
+	case 0xe0: case 0xe1: case 0xe2: case 0xe3: case 0xe5: case 0xe6: /* power */
+	case 0xe7: case 0xea: /* flush cache */
+	case 0xef: /* set features */
 		return true;
 	}
 	return false;
@@ -654,9 +773,10 @@ SEC("tp_btf/block_rq_issue") int BPF_PROG(rq_issue, struct request *rq)
 	if (!c || w->passthrough == PASS_NONE)
 		return 0;
 	__u64 at = (__u64)rq + bpf_core_type_size(struct request) + w->pass_offset;
-	__u8 code = 0;
+	__u8 code = 0, cdb[16];
 	if (w->passthrough == PASS_SCSI) {
-		if (!bpf_probe_read_kernel(&code, 1, (void *)at) && scsi_harmless(code))
+		if (!bpf_probe_read_kernel(cdb, sizeof(cdb), (void *)at) &&
+		    (scsi_harmless(cdb[0]) || (cdb[0] == 0x85 && ata_harmless(cdb[14])) || (cdb[0] == 0xa1 && ata_harmless(cdb[9]))))
 			return 0;
 	} else if (w->passthrough == PASS_NVME) {
 		__u64 cmd = 0;

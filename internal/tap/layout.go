@@ -14,7 +14,8 @@ type state struct {
 	RingSize     uint64
 	LostRanges   uint64
 	InflightFull uint64
-	Reserved     [8]uint64
+	Remapped     uint64
+	Reserved     [7]uint64
 }
 
 type target struct {
@@ -36,7 +37,8 @@ type whole struct {
 
 type counters struct {
 	Traced, Ended, Writes, Bytes, Lost, Failed, Unknown, Foreign, Passthrough, Unreadable, Blind uint64
-	Reserved                                                                                     [5]uint64
+	Untracked, UntrackedEnded, Level, LevelKnown                                                 uint64
+	Reserved                                                                                     uint64
 }
 
 type flight struct {
@@ -47,6 +49,18 @@ type flight struct {
 }
 
 const flightDropped = 1
+
+const (
+	payloadNo  = 0
+	payloadYes = 1
+	payloadMap = 2
+)
+
+const (
+	endsOff   = 0
+	endsOn    = 1
+	endsDrain = 2
+)
 
 type peekArg struct {
 	Addr uint64

@@ -28,6 +28,7 @@ type Config struct {
 // Options are for machines, and tests, that need less than everything.
 type Options struct {
 	MetadataOnly bool // do not capture payloads
+	MapOnly      bool // keep the change map and nothing else: no record, no gap, no bio in flight
 }
 
 // Start loads the programs, calibrates them, pins and attaches everything. When
@@ -41,7 +42,7 @@ func Start(cfg Config) (*Tap, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(rlimit.RemoveMemlock(), mountBPFFS()); err != nil {
+	if err := errors.Join(checkKernel(), rlimit.RemoveMemlock(), mountBPFFS()); err != nil {
 		return nil, err
 	}
 	if _, err := os.Stat(p.path("meta")); err == nil {
@@ -71,6 +72,8 @@ func (c Config) check() error {
 	for i, t := range c.Targets {
 		onWhole[t.Whole]++
 		switch {
+		case t.Len > 1<<62 || t.Start > 1<<62:
+			return fmt.Errorf("disk %s: %d bytes from %d: no disk is that large: %w", t.Name, t.Len, t.Start, ErrConfig)
 		case t.Len <= 0 || t.Start < 0 || t.Len%512 != 0 || t.Start%512 != 0:
 			return fmt.Errorf("disk %s: %d bytes from %d: want whole sectors: %w", t.Name, t.Len, t.Start, ErrConfig)
 		case t.BlockSize < 512 || t.BlockSize&(t.BlockSize-1) != 0:
@@ -79,8 +82,12 @@ func (c Config) check() error {
 			return fmt.Errorf("disk %s: more than %d partitions of one disk: %w", t.Name, targetsMax, ErrConfig)
 		}
 		for _, o := range c.Targets[:i] {
-			if o.Whole == t.Whole && o.Start < t.Start+t.Len && t.Start < o.Start+o.Len {
+			switch {
+			case o.Whole != t.Whole:
+			case o.Start < t.Start+t.Len && t.Start < o.Start+o.Len:
 				return fmt.Errorf("disks %s and %s overlap: %w", o.Name, t.Name, ErrConfig)
+			case o.DiskSeq != t.DiskSeq || o.BioBased != t.BioBased || o.Pass != t.Pass:
+				return fmt.Errorf("disks %s and %s are parts of one disk, but said to be of different ones: %w", o.Name, t.Name, ErrConfig)
 			}
 		}
 	}
@@ -214,12 +221,21 @@ func (t *Tap) mapRing() error {
 // setUp fills the state in that the programs read. Ends are tracked from the
 // start: bios older than the tap are on their way.
 func (t *Tap) setUp() {
-	*t.state = state{RingSize: t.ringSize, PayloadMax: min(t.ringSize/4, payloadMax), Ends: 1, Change: 1}
+	*t.state = state{RingSize: t.ringSize, PayloadMax: min(t.ringSize/4, payloadMax), Ends: endsOn, Change: 1}
+	for _, target := range t.targets {
+		if target.BioBased {
+			t.state.Remapped = 1
+		}
+	}
+	if t.options.MapOnly {
+		t.state.Payload, t.state.Ends = payloadMap, endsOff
+		return
+	}
 	if t.options.MetadataOnly {
 		return
 	}
 	if c, err := calibrate(); err == nil {
-		t.state.VABase, t.state.VAShift, t.state.Payload = c.base, c.shift, 1
+		t.state.VABase, t.state.VAShift, t.state.Payload = c.base, c.shift, payloadYes
 	}
 }
 

@@ -6,7 +6,7 @@
 // alive; Adopt takes over where the last one stopped. Records leave the kernel's
 // ring only by Commit.
 //
-// A Tap is used by one goroutine, except for Producer, Bookmark, Counters and Drops.
+// A Tap is used by one goroutine, except for Producer, Bookmark, Counters, Drops and Ends.
 package tap
 
 import (
@@ -38,7 +38,7 @@ var (
 
 // Bounds that the programs share (bpf/layout.h).
 const (
-	layout     = 1
+	layout     = 2
 	targetsMax = 16
 	disksMax   = 64
 	headSize   = 64
@@ -113,6 +113,7 @@ type Tap struct {
 	gaps     []uint64
 	base     []offsets
 	mappings [][]byte
+	rest     rest
 
 	ring     []byte // data, mapped twice in a row
 	ringSize uint64
@@ -135,7 +136,7 @@ func (t *Tap) Identity() [16]byte { return t.ident }
 func (t *Tap) Targets() []Target { return t.targets }
 
 // PayloadCaptured is false in metadata mode.
-func (t *Tap) PayloadCaptured() bool { return t.state.Payload != 0 }
+func (t *Tap) PayloadCaptured() bool { return t.state.Payload == payloadYes }
 
 // RingSize is the ring's size in bytes.
 func (t *Tap) RingSize() int64 { return int64(t.ringSize) }
@@ -316,19 +317,6 @@ func (t *Tap) ClearGaps(ranges []block.DiskRange) (Place, error) {
 	}
 	return t.Producer(), nil
 }
-
-// SetEnds switches the tracking of bios in flight.
-func (t *Tap) SetEnds(on bool) error {
-	v := uint32(0)
-	if on {
-		v = 1
-	}
-	atomic.StoreUint32(&t.state.Ends, v)
-	return nil
-}
-
-// Ends says whether bios in flight are tracked.
-func (t *Tap) Ends() bool { return atomic.LoadUint32(&t.state.Ends) != 0 }
 
 // ChangeMap is one disk's live change map, a byte for each block.
 func (t *Tap) ChangeMap(disk int) (numbers []byte, blockSize int64) {

@@ -8,6 +8,7 @@ import (
 	mrand "math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -41,11 +42,17 @@ func targetFor(t testing.TB, d *testkit.Disk) Target {
 
 func start(t testing.TB, ring int, o Options, disks ...*testkit.Disk) *Tap {
 	t.Helper()
-	testkit.Need(t, "tap")
-	cfg := Config{Instance: "test", Group: fmt.Sprintf("t%d", os.Getpid()), RingBytes: ring, Options: o}
+	var targets []Target
 	for _, d := range disks {
-		cfg.Targets = append(cfg.Targets, targetFor(t, d))
+		targets = append(targets, targetFor(t, d))
 	}
+	return startTargets(t, ring, o, targets...)
+}
+
+func startTargets(t testing.TB, ring int, o Options, targets ...Target) *Tap {
+	t.Helper()
+	testkit.Need(t, "tap")
+	cfg := Config{Instance: "test", Group: fmt.Sprintf("t%d", os.Getpid()), RingBytes: ring, Options: o, Targets: targets}
 	_ = Discard(cfg.Instance, cfg.Group)
 	tp, err := Start(cfg)
 	if err != nil {
@@ -201,7 +208,8 @@ func TestReplica(t *testing.T) {
 	unix.Sync()
 	r.pull(tp)
 	if bad := r.differ(0, d); len(bad) > 0 {
-		t.Fatalf("%d blocks differ, the first at %d; drops %d, records %d", len(bad), bad[0], tp.Drops(), r.n)
+		c, err := tp.Counters()
+		t.Fatalf("%d blocks differ, the first at %d; drops %d, records %d, read to %d of %d, %+v, %+v, %v", len(bad), bad[0], tp.Drops(), r.n, r.place, tp.Producer(), *tp.state, c, err)
 	}
 	c, err := tp.Counters()
 	if err != nil || tp.Drops() != 0 || c.Disks[0].Writes < 100 {
@@ -334,9 +342,19 @@ func TestAdopt(t *testing.T) {
 		t.Fatalf("%d records, differing blocks %v", r.n, bad)
 	}
 	found, err := Pinned()
-	if err != nil || len(found) == 0 || found[0].Err != nil {
+	ours := func(f Pin) bool { return pinsMust(t, f) == p && f.Err == nil && len(f.Targets) == 1 }
+	if err != nil || !slices.ContainsFunc(found, ours) {
 		t.Fatalf("pinned: %+v, %v", found, err)
 	}
+}
+
+func pinsMust(t testing.TB, f Pin) pins {
+	t.Helper()
+	p, err := pinsOf(f.Instance, f.Group)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }
 
 // TestOtherBacking: another file behind the same loop device is another disk.
@@ -410,7 +428,7 @@ func TestMetadataMode(t *testing.T) {
 // the attached programs.
 func BenchmarkPrograms(b *testing.B) {
 	for _, size := range []int{4096, 16384, 65536} {
-		for _, how := range []string{"map", "payload", "payload+ends"} {
+		for _, how := range []string{"map", "payload", "payload+ends", "lost"} {
 			b.Run(fmt.Sprintf("%s/%d", how, size), func(b *testing.B) { benchPrograms(b, size, how) })
 		}
 	}
@@ -418,7 +436,7 @@ func BenchmarkPrograms(b *testing.B) {
 
 func benchPrograms(b *testing.B, size int, how string) {
 	d := testkit.NewDisk(b, 64<<20)
-	tp := start(b, 64<<20, Options{MetadataOnly: how == "map"}, d)
+	tp := start(b, 64<<20, Options{MapOnly: how == "map", MetadataOnly: how == "lost"}, d)
 	stats, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
 	if err != nil {
 		b.Skip("kernel statistics:", err)
