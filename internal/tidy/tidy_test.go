@@ -51,7 +51,7 @@ var layer = map[string][]string{
 	"internal/tap":      {"internal/block", "internal/cbt", "internal/disk", "internal/health", "internal/loop", "internal/stream", "bpf"},
 	"internal/segment":  {"internal/block", "internal/stream"},
 	"internal/spool":    {"internal/block", "internal/health", "internal/segment", "internal/stream", "internal/vfs"},
-	"internal/vault":    {"internal/block", "internal/health", "internal/segment", "internal/stream"},
+	"internal/vault":    {"internal/block", "internal/health", "internal/segment", "internal/stream", "internal/vfs"},
 	"internal/timeline": {"internal/block", "internal/segment", "internal/stream", "internal/vault"},
 	"internal/restore":  {"internal/block", "internal/loop"},
 

@@ -5,69 +5,223 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"tidemark/internal/vfs"
 )
 
 // Holder says who writes a group's history.
 type Holder struct {
 	Host     string    `json:"host"`
 	PID      int       `json:"pid"`
+	BootID   string    `json:"boot_id"` // of the holder's kernel; Lock fills it in
 	Instance string    `json:"instance"`
 	Since    time.Time `json:"since"`
 }
 
-// HeldError is returned by Lock where another writer has the group.
+// HeldError is returned by Lock where another writer has the group. The holder
+// is zero where who it is could not be read; that there is one is certain.
 type HeldError struct {
 	Group  string
 	Holder Holder
 }
 
 func (e *HeldError) Error() string {
-	return fmt.Sprintf("group %s of this vault is written by process %d on %s (instance %s) since %s",
+	if e.Holder.PID == 0 && e.Holder.Host == "" {
+		return fmt.Sprintf("group %s of this vault is written by another process: end that first", e.Group)
+	}
+	return fmt.Sprintf("group %s of this vault is written by process %d on %s (instance %s) since %s: end that first",
 		e.Group, e.Holder.PID, e.Holder.Host, e.Holder.Instance, e.Holder.Since.Format(time.RFC3339))
 }
 
-// Lock is the right to append to a group's history. The kernel takes it back
-// when its process ends, however it ends.
-type Lock struct {
-	group  string
-	file   *os.File
-	newest *Ref
+// lockFile is the content of a lock.
+type lockFile struct {
+	Holder Holder `json:"holder"`
+	CRC32C uint32 `json:"crc32c"` // of the holder's JSON
 }
 
+func encodeHolder(h Holder) ([]byte, error) {
+	text, err := json.Marshal(h)
+	if err != nil {
+		return nil, err
+	}
+	b, err := json.Marshal(struct {
+		Holder json.RawMessage `json:"holder"`
+		CRC32C uint32          `json:"crc32c"`
+	}{text, checksum(text)})
+	return append(b, '\n'), err
+}
+
+// decodeHolder gives nobody where the content is not whole.
+func decodeHolder(b []byte) Holder {
+	var f lockFile
+	if json.Unmarshal(b, &f) != nil {
+		return Holder{}
+	}
+	if text, err := json.Marshal(f.Holder); err != nil || checksum(text) != f.CRC32C {
+		return Holder{}
+	}
+	return f.Holder
+}
+
+// Lock is the right to append to a group's history. The kernel takes it back
+// when its process ends, however it ends. Its methods and Put may be called
+// concurrently.
+type Lock struct {
+	group   string
+	release func() error
+
+	mu   sync.Mutex
+	tail *tail // what the vault holds last; nil until the first Put
+}
+
+// lockPatience is how long Lock tries: Locks holds each lock for a moment.
+const lockPatience = 200 * time.Millisecond
+
 // Lock takes the right to write a group. *HeldError names who has it.
-func (v *Vault) Lock(_ context.Context, group string, h Holder) (*Lock, error) {
+func (v *Vault) Lock(ctx context.Context, group string, h Holder) (*Lock, error) {
 	if err := CheckName(group); err != nil {
 		return nil, err
 	}
-	dir := filepath.Join(v.dir, "groups", group)
-	if err := makeDirs(dir); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
+	if err := v.here(ctx); err != nil {
+		return nil, err
 	}
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if h.BootID == "" {
+		b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // without it the holder is told by less
+		h.BootID = strings.TrimSpace(string(b))
+	}
+	if v.local == nil {
+		return v.lockInProcess(group, h)
+	}
+	name, err := v.local.lockPath(group)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
+		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		held := &HeldError{Group: group}
-		_ = json.NewDecoder(f).Decode(&held.Holder) // who it is may be unreadable; that it is held is certain
-		f.Close()
-		return nil, held
+	dir := filepath.Dir(name)
+	if err := v.local.makeDirs(dir); err != nil {
+		return nil, unreachable(err)
 	}
-	b, err := json.Marshal(h)
-	if err == nil {
-		_, err = f.WriteAt(append(b, '\n'), 0)
+	held, err := v.flock(ctx, name)
+	if errors.Is(err, vfs.ErrLocked) {
+		return nil, &HeldError{group, v.holder(name)}
 	}
-	if err := errors.Join(err, f.Truncate(int64(len(b)+1)), f.Sync()); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
+	if err != nil {
+		return nil, unreachable(err)
 	}
-	return &Lock{group: group, file: f}, nil
+	if err := v.sign(name, h); err != nil {
+		return nil, unreachable(errors.Join(err, held.Close()))
+	}
+	return &Lock{group: group, release: held.Close}, nil
 }
 
-// Unlock gives the right back.
-func (l *Lock) Unlock() error { return l.file.Close() }
+func (b *folder) lockPath(group string) (string, error) { return b.path("groups/" + group + "/lock") }
+
+func (v *Vault) flock(ctx context.Context, name string) (io.Closer, error) {
+	until := time.Now().Add(lockPatience)
+	for {
+		held, err := v.fs.Lock(name)
+		if !errors.Is(err, vfs.ErrLocked) || time.Now().After(until) {
+			return held, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(lockPatience / 20):
+		}
+	}
+}
+
+// sign writes the holder into the lock. Nothing hangs on it but the message that others get.
+func (v *Vault) sign(name string, h Holder) error {
+	b, err := encodeHolder(h)
+	if err != nil {
+		return err
+	}
+	f, err := v.fs.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(b, 0)
+	return errors.Join(err, f.Truncate(int64(len(b))), f.Sync(), f.Close())
+}
+
+func (v *Vault) holder(name string) Holder {
+	b, err := v.fs.ReadFile(name)
+	if err != nil {
+		return Holder{}
+	}
+	return decodeHolder(b)
+}
+
+func (v *Vault) lockInProcess(group string, h Holder) (*Lock, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if other, ok := v.held[group]; ok {
+		return nil, &HeldError{group, other}
+	}
+	v.held[group] = h
+	return &Lock{group: group, release: func() error {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		delete(v.held, group)
+		return nil
+	}}, nil
+}
+
+// Unlock gives the right back; a second time it does nothing.
+func (l *Lock) Unlock() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.release == nil {
+		return nil
+	}
+	release := l.release
+	l.release = nil
+	return release()
+}
+
+// LockState is a group's lock as doctor shows it.
+type LockState struct {
+	Group  string
+	Holder Holder // the last one to have taken it; zero where it cannot be read
+	Held   bool   // false: the holder is gone, or has given it back
+}
+
+// Locks lists the locks of a vault, held or left over.
+func (v *Vault) Locks(ctx context.Context) ([]LockState, error) {
+	if v.local == nil {
+		return nil, nil // they end with this process
+	}
+	groups, err := v.folders(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []LockState
+	for _, g := range groups {
+		name, err := v.local.lockPath(g)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := v.fs.Stat(name); notFound(err) {
+			continue // asking would make it
+		}
+		s := LockState{Group: g, Holder: v.holder(name)}
+		switch held, err := v.fs.Lock(name); {
+		case errors.Is(err, vfs.ErrLocked):
+			s.Held = true
+		case err != nil:
+			return nil, unreachable(err)
+		default:
+			if err := held.Close(); err != nil {
+				return nil, unreachable(err)
+			}
+		}
+		out = append(out, s)
+	}
+	return out, nil
+}

@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -8,131 +9,187 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
+
+	"gocloud.dev/blob"
+	"gocloud.dev/gcerrors"
 
 	"tidemark/internal/segment"
+	"tidemark/internal/vfs"
 )
 
-// temporary ends the name of an object that is being written. Listings ignore
-// it, and the next writer replaces it.
-const temporary = ".writing"
-
-// put writes a file whole and stable, or not at all.
-func put(path string, fill func(*os.File) error) error {
-	tmp := path + temporary
-	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(fill(f), f.Sync(), f.Close()); err != nil {
-		return errors.Join(err, os.Remove(tmp))
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
+// tail is what the next segment must follow.
+type tail struct {
+	sum     segment.Summary
+	groupID [16]byte
 }
 
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
-// makeDirs makes a folder and its parents stable.
-func makeDirs(dir string) error {
-	if st, err := os.Stat(dir); err == nil && st.IsDir() {
-		return nil
-	}
-	if err := makeDirs(filepath.Dir(dir)); err != nil {
-		return err
-	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	return syncDir(filepath.Dir(dir))
-}
+// ErrUnlocked is returned by Put where the lock was given back.
+var ErrUnlocked = errors.New("the group's lock is not held any more")
 
 // Put stores the sealed segment in the file at path and returns when it is
 // stable. The same segment again is no error; another under its sequence, or
-// one that does not follow the newest, is refused with ErrConflict. The lock
-// must be held. Where vault and file are on one file system the object is a
-// link to the file, which nobody changes.
+// one that does not follow the newest, is refused with ErrConflict. Where vault
+// and file are on one file system the object is a link to the file, which
+// nobody may change. ErrUnreachable: try again. After an error the object is
+// there whole or not at all.
 func (v *Vault) Put(ctx context.Context, l *Lock, path string, sum segment.Summary) error {
-	group := l.group
-	if err := makeDirs(v.segments(group)); err != nil {
-		return fmt.Errorf("%w: %w", ErrUnreachable, err)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.release == nil {
+		return ErrUnlocked
 	}
-	newest, err := v.newest(ctx, l)
-	if err != nil {
+	if err := v.here(ctx); err != nil {
 		return err
 	}
-	ref := refOf(sum)
-	to := filepath.Join(v.segments(group), ref.Name)
-	switch {
-	case newest != nil && newest.Sequence >= sum.Sequence:
-		return same(to, path)
-	case newest != nil && newest.Sequence+1 != sum.Sequence, newest == nil && sum.Sequence != 1:
-		return fmt.Errorf("group %s: segment %d does not follow: %w", group, sum.Sequence, ErrConflict)
-	}
-	if err := store(to, path); err != nil {
-		return fmt.Errorf("%w: %w", ErrUnreachable, err)
-	}
-	l.newest = &ref
-	return nil
-}
-
-// newest is the newest segment, remembered while the lock is held.
-func (v *Vault) newest(ctx context.Context, l *Lock) (*Ref, error) {
-	if l.newest != nil {
-		return l.newest, nil
-	}
-	refs, err := v.Segments(ctx, l.group)
-	if err != nil || len(refs) == 0 {
-		return nil, err
-	}
-	l.newest = &refs[len(refs)-1]
-	return l.newest, nil
-}
-
-func store(to, from string) error {
-	if err := os.Link(from, to+temporary); err == nil || errors.Is(err, fs.ErrExist) {
-		if err != nil { // of a writer that was killed
-			if err := os.Remove(to + temporary); err != nil {
-				return err
-			}
-			return store(to, from)
-		}
-		if err := os.Rename(to+temporary, to); err != nil {
+	if l.tail == nil {
+		t, err := v.findTail(ctx, l.group)
+		if err != nil {
 			return err
 		}
-		return syncDir(filepath.Dir(to))
+		l.tail = t
 	}
-	src, err := os.Open(from)
+	src, err := v.fs.OpenFile(path, os.O_RDONLY, 0)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	return put(to, func(f *os.File) error { _, err := io.Copy(f, src); return err })
+	next, err := check(src, l.group, sum)
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	if sum.Sequence <= l.tail.sum.Sequence {
+		return v.same(ctx, l.group, src, sum)
+	}
+	if err := l.tail.follows(next); err != nil {
+		return fmt.Errorf("group %s: %w", l.group, err)
+	}
+	if err := v.store(ctx, segmentsOf(l.group)+refOf(sum).Name, path, src, sum.Size); err != nil {
+		l.tail = nil // it may be there nevertheless
+		return unreachable(err)
+	}
+	l.tail = &tail{sum, next.GroupID}
+	return nil
 }
 
-// same says whether two files have the same content.
-func same(to, from string) error {
-	a, err := os.ReadFile(to)
-	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%s is not there, and a later one is: %w", filepath.Base(to), ErrConflict)
+// check opens the segment that is to be put.
+func check(src vfs.File, group string, sum segment.Summary) (segment.Header, error) {
+	size, err := src.Size()
+	if err != nil {
+		return segment.Header{}, err
+	}
+	s, err := segment.Open(src, size)
+	if err != nil {
+		return segment.Header{}, err
+	}
+	if s.Summary() != sum || s.Header().Group != group {
+		return segment.Header{}, fmt.Errorf("it is segment %d of group %q, not %d of %q: %w", s.Summary().Sequence, s.Header().Group, sum.Sequence, group, ErrConflict)
+	}
+	return s.Header(), nil
+}
+
+// follows holds the chain: sequence, digest, group.
+func (t *tail) follows(h segment.Header) error {
+	switch {
+	case h.Sequence != t.sum.Sequence+1:
+		return fmt.Errorf("segment %d does not follow the newest, %d: %w", h.Sequence, t.sum.Sequence, ErrConflict)
+	case h.Previous != t.sum.Digest:
+		return fmt.Errorf("segment %d follows another segment %d than the vault's: %w", h.Sequence, t.sum.Sequence, ErrConflict)
+	case t.sum.Sequence != 0 && h.GroupID != t.groupID:
+		return fmt.Errorf("segment %d is of another group with the same name: %w", h.Sequence, ErrConflict)
+	}
+	return nil
+}
+
+// findTail removes what killed writers left and reads the newest segment.
+func (v *Vault) findTail(ctx context.Context, group string) (*tail, error) {
+	if v.local != nil {
+		if err := errors.Join(v.local.sweep(""), v.local.sweep(segmentsOf(group))); err != nil {
+			return nil, unreachable(err)
+		}
+	}
+	refs, err := v.Segments(ctx, group)
+	if errors.Is(err, ErrNoGroup) {
+		return &tail{}, nil
 	}
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrUnreachable, err)
+		return nil, err
 	}
-	b, err := os.ReadFile(from)
+	o, err := v.OpenSegment(ctx, group, refs[len(refs)-1])
+	if err != nil {
+		return nil, err
+	}
+	t := &tail{o.Summary(), o.Header().GroupID}
+	return t, o.Close()
+}
+
+// store links the file, or copies it where that cannot be.
+func (v *Vault) store(ctx context.Context, key, path string, src io.ReaderAt, size int64) error {
+	if v.local != nil {
+		if err := v.local.link(path, key); !errors.Is(err, errNoLink) {
+			return err
+		}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // before Close it takes a part back
+	w, err := v.bucket.NewWriter(ctx, key, &blob.WriterOptions{ContentType: contentType, IfNotExist: true})
 	if err != nil {
 		return err
 	}
-	if !bytes.Equal(a, b) {
-		return fmt.Errorf("%s has other content: %w", filepath.Base(to), ErrConflict)
+	if _, err := io.Copy(w, io.NewSectionReader(src, 0, size)); err != nil {
+		cancel()
+		return errors.Join(err, w.Close())
+	}
+	return w.Close()
+}
+
+// same returns nil where the vault holds exactly this segment, and it is stable.
+func (v *Vault) same(ctx context.Context, group string, src io.ReaderAt, sum segment.Summary) error {
+	name := refOf(sum).Name
+	key := segmentsOf(group) + name
+	have, size, err := v.content(ctx, key)
+	if notFound(err) {
+		return fmt.Errorf("group %s: %s is not there, and a later segment is: %w", group, name, ErrConflict)
+	}
+	if err != nil {
+		return unreachable(err)
+	}
+	defer have.Close()
+	equal, err := equalContent(io.NewSectionReader(have, 0, size), io.NewSectionReader(src, 0, sum.Size))
+	switch {
+	case err != nil:
+		return unreachable(err)
+	case !equal:
+		return fmt.Errorf("group %s: %s has other content: %w", group, name, ErrConflict)
+	case v.local != nil:
+		return unreachable(v.local.settle(key))
 	}
 	return nil
+}
+
+func equalContent(a, b *io.SectionReader) (bool, error) {
+	if a.Size() != b.Size() {
+		return false, nil
+	}
+	const size = 128 << 10
+	x, y := bufio.NewReaderSize(a, size), bufio.NewReaderSize(b, size)
+	for {
+		p, errA := x.Peek(size)
+		q, errB := y.Peek(size)
+		if !bytes.Equal(p, q) {
+			return false, nil
+		}
+		if errA != nil || errB != nil {
+			if errors.Is(errA, io.EOF) && errors.Is(errB, io.EOF) {
+				return true, nil
+			}
+			return false, errors.Join(errA, errB)
+		}
+		x.Discard(len(p))
+		y.Discard(len(q))
+	}
+}
+
+// exists tells the error of a writer that was to make a new object.
+func exists(err error) bool {
+	return errors.Is(err, fs.ErrExist) || gcerrors.Code(err) == gcerrors.FailedPrecondition
 }

@@ -3,30 +3,31 @@
 // listing is enough to open a vault.
 //
 //	tidemark-vault                                    marker: this place is a vault
-//	groups/GROUP/lock                                 who may write
+//	groups/GROUP/lock                                 who may write (local folders)
 //	groups/GROUP/segments/L00/SEQ-FIRST-LAST.seg      sixteen hexadecimal digits each
 //
-// docs/formats/vault.md describes it. All methods may be called concurrently.
+// The bucket is gocloud's: a local folder through a driver of our own, anything
+// else that gocloud knows through OpenBucket. docs/formats/vault.md describes
+// it. All methods may be called concurrently.
 package vault
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io/fs"
 	"net/url"
-	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
+	"gocloud.dev/blob"
+	"gocloud.dev/gcerrors"
 	"golang.org/x/sys/unix"
 
 	"tidemark/internal/segment"
-	"tidemark/internal/stream"
+	"tidemark/internal/vfs"
 )
 
 // Errors that callers branch on.
@@ -35,207 +36,224 @@ var (
 	ErrNoGroup     = errors.New("the vault holds no such group")
 	ErrName        = errors.New("not a group's name")
 	ErrConflict    = errors.New("the vault holds another history")
-	ErrUnreachable = errors.New("the vault cannot be reached")
+	ErrUnreachable = errors.New("the vault cannot be reached") // waiting may mend it
 	ErrScheme      = errors.New("not a kind of vault that this build knows")
 )
 
-const markerName = "tidemark-vault"
-
-// marker makes a place a vault.
-type marker struct {
-	Version int    `json:"version"`
-	CRC32C  uint32 `json:"crc32c"` // of the text "tidemark-vault N", N the version
-}
-
-func markerOf(version int) marker {
-	text := fmt.Appendf(nil, "tidemark-vault %d", version)
-	return marker{version, crc32.Checksum(text, crc32.MakeTable(crc32.Castagnoli))}
-}
-
 // Vault is an opened vault.
 type Vault struct {
-	dir string
-	url string
+	bucket *blob.Bucket
+	local  *folder // nil where the bucket is no local folder
+	fs     vfs.FS  // where segments to be put lie
+	where  string
+	marker marker
+
+	mu   sync.Mutex
+	held map[string]Holder // locks of buckets that have none of their own
 }
 
 // dirOf gives the folder of a plain path or file:// URL.
 func dirOf(where string) (string, error) {
+	if where == "" {
+		return "", fmt.Errorf("no vault is named: want a folder or file:///FOLDER: %w", ErrScheme)
+	}
 	if !strings.Contains(where, "://") {
 		return filepath.Abs(where)
 	}
 	u, err := url.Parse(where)
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("%q: %w: %w", where, ErrScheme, err)
 	}
-	if u.Scheme != "file" || u.Host != "" || u.Path == "" {
+	if u.Scheme != "file" || u.Host != "" || u.Path == "" || u.RawQuery != "" {
 		return "", fmt.Errorf("%q: want a folder or file:///FOLDER: %w", where, ErrScheme)
 	}
 	return filepath.Clean(u.Path), nil
 }
 
-// Open opens an existing vault. ErrNotVault: the place has no marker.
-func Open(_ context.Context, where string) (*Vault, error) {
+// Open opens an existing vault: a plain path or file:///path. ErrNotVault: the
+// place has no marker. segment.ErrDamaged: its marker is not what was written.
+func Open(ctx context.Context, where string) (*Vault, error) {
 	dir, err := dirOf(where)
 	if err != nil {
 		return nil, err
 	}
-	b, err := os.ReadFile(filepath.Join(dir, markerName))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
-		return nil, fmt.Errorf("%s: %w", dir, ErrNotVault)
-	}
+	return openFolder(ctx, vfs.OS{}, dir)
+}
+
+func openFolder(ctx context.Context, fsys vfs.FS, dir string) (*Vault, error) {
+	local := newFolder(fsys, dir)
+	return open(ctx, &Vault{bucket: blob.NewBucket(local), local: local, fs: fsys, where: dir})
+}
+
+// OpenBucket opens a vault in any bucket; name is what errors call it. Its
+// locks hold in this process only.
+func OpenBucket(ctx context.Context, b *blob.Bucket, name string) (*Vault, error) {
+	return open(ctx, &Vault{bucket: b, fs: vfs.OS{}, where: name, held: map[string]Holder{}})
+}
+
+func open(ctx context.Context, v *Vault) (*Vault, error) {
+	m, err := v.readMarker(ctx)
+	v.marker = m
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
+		return nil, err
 	}
-	var m marker
-	if err := json.Unmarshal(b, &m); err != nil || m != markerOf(m.Version) {
-		return nil, fmt.Errorf("%s: the marker %s: %w", dir, markerName, segment.ErrDamaged)
-	}
-	if m.Version != 1 {
-		return nil, fmt.Errorf("%s is a vault of version %d: this build reads version 1", dir, m.Version)
-	}
-	return &Vault{dir: dir, url: where}, nil
+	return v, nil
 }
 
 // Create opens a vault, and makes one of an absent or empty folder first. It
-// refuses any other place with ErrNotVault.
+// refuses any other place with ErrNotVault, and says what is there.
 func Create(ctx context.Context, where string) (*Vault, error) {
-	v, err := Open(ctx, where)
-	if !errors.Is(err, ErrNotVault) {
-		return v, err
-	}
 	dir, err := dirOf(where)
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
-	}
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, err
-	}
-	for _, e := range entries {
-		if n := e.Name(); n != "lost+found" && n != markerName+temporary {
-			return nil, fmt.Errorf("%s holds %s and is %w: give an absent or empty folder", dir, n, ErrNotVault)
-		}
-	}
-	b, err := json.Marshal(markerOf(1))
-	if err != nil {
-		return nil, err
-	}
-	if err := put(filepath.Join(dir, markerName), func(f *os.File) error { _, err := f.Write(b); return err }); err != nil {
-		return nil, err
-	}
-	if err := syncDir(filepath.Dir(dir)); err != nil {
-		return nil, err
-	}
-	return Open(ctx, where)
+	return createFolder(ctx, vfs.OS{}, dir)
 }
 
-// Dir is the folder of a local vault.
-func (v *Vault) Dir() string { return v.dir }
+func createFolder(ctx context.Context, fsys vfs.FS, dir string) (*Vault, error) {
+	v, err := openFolder(ctx, fsys, dir)
+	if !errors.Is(err, ErrNotVault) {
+		return v, err
+	}
+	if err := makeRoot(fsys, dir); err != nil {
+		return nil, unreachable(err)
+	}
+	entries, err := fsys.ReadDir(dir)
+	if err != nil {
+		return nil, unreachable(err)
+	}
+	for _, e := range entries {
+		if n := e.Name(); n != "lost+found" && n != markerName && !isTemporaryMarker(n) {
+			return nil, occupied(dir, n)
+		}
+	}
+	failed := writeMarker(ctx, blob.NewBucket(newFolder(fsys, dir)))
+	v, err = openFolder(ctx, fsys, dir) // another process may have made it
+	if failed != nil && err != nil {
+		return nil, failed
+	}
+	return v, err
+}
 
-var groupName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$`)
+// CreateBucket opens a vault in any bucket, and makes one of an empty one first.
+func CreateBucket(ctx context.Context, b *blob.Bucket, name string) (*Vault, error) {
+	v, err := OpenBucket(ctx, b, name)
+	if !errors.Is(err, ErrNotVault) {
+		return v, err
+	}
+	page, _, err := b.ListPage(ctx, blob.FirstPageToken, 1, nil)
+	if err != nil {
+		return nil, unreachable(err)
+	}
+	if len(page) > 0 {
+		return nil, occupied(name, page[0].Key)
+	}
+	if err := writeMarker(ctx, b); err != nil {
+		return nil, err
+	}
+	return OpenBucket(ctx, b, name)
+}
 
-// CheckName returns an error wrapping ErrName where a group cannot be called so.
-func CheckName(name string) error {
-	if !groupName.MatchString(name) {
-		return fmt.Errorf("%q: want 1 to 64 of letters, digits, - and _, not beginning with -: %w", name, ErrName)
+func occupied(where, what string) error {
+	return fmt.Errorf("%s holds %s and is %w: give an absent or empty folder", where, what, ErrNotVault)
+}
+
+// makeRoot makes the vault's folder and its parents, stable.
+func makeRoot(fsys vfs.FS, dir string) error {
+	switch st, err := fsys.Stat(dir); {
+	case err == nil && !st.IsDir():
+		return fmt.Errorf("%s is a file and %w: give a folder", dir, ErrNotVault)
+	case err == nil:
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	default:
+		if err := makeRoot(fsys, filepath.Dir(dir)); err != nil {
+			return err
+		}
+		if err := fsys.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+	}
+	if filepath.Dir(dir) == dir {
+		return nil
+	}
+	if err := fsys.SyncDir(filepath.Dir(dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return err
 	}
 	return nil
 }
 
-// Groups lists the groups that the vault holds segments of.
-func (v *Vault) Groups(context.Context) ([]string, error) {
-	entries, err := os.ReadDir(filepath.Join(v.dir, "groups"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+// unreachable marks an error as one that waiting may mend. Those that say
+// something else already are left as they are.
+func unreachable(err error) error {
+	for _, known := range []error{nil, ErrUnreachable, ErrNotVault, ErrConflict, segment.ErrDamaged, segment.ErrVersion, context.Canceled, context.DeadlineExceeded} {
+		if errors.Is(err, known) {
+			return err
+		}
 	}
+	return fmt.Errorf("%w: %w", ErrUnreachable, err)
+}
+
+func notFound(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || gcerrors.Code(err) == gcerrors.NotFound
+}
+
+// here returns ErrUnreachable where the place is not, or no longer, this vault:
+// unmounted, moved away, or another one mounted over it.
+func (v *Vault) here(ctx context.Context) error {
+	m, err := v.readMarker(ctx)
+	switch {
+	case errors.Is(err, ErrNotVault):
+		return fmt.Errorf("%w: %s has lost its marker: is its file system mounted?", ErrUnreachable, v.where)
+	case err != nil:
+		return unreachable(err)
+	case m != v.marker:
+		return fmt.Errorf("%w: at %s there is another vault now", ErrUnreachable, v.where)
+	}
+	return nil
+}
+
+// Dir is the folder of a local vault, and the name of any other.
+func (v *Vault) Dir() string { return v.where }
+
+// ID identifies the vault wherever it is moved: 32 hexadecimal digits.
+func (v *Vault) ID() string { return v.marker.ID }
+
+// Groups lists the groups that the vault holds segments of, by name.
+func (v *Vault) Groups(ctx context.Context) ([]string, error) {
+	names, err := v.folders(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
+		return nil, err
 	}
 	var out []string
-	for _, e := range entries {
-		if e.IsDir() && CheckName(e.Name()) == nil {
-			out = append(out, e.Name())
+	for _, name := range names {
+		page, _, err := v.bucket.ListPage(ctx, blob.FirstPageToken, 1, &blob.ListOptions{Prefix: segmentsOf(name)})
+		if err != nil {
+			return nil, unreachable(err)
+		}
+		if len(page) > 0 {
+			out = append(out, name)
 		}
 	}
 	return out, nil
 }
 
-// Ref names a segment in the vault; all of it stands in the object's name.
-type Ref struct {
-	Sequence    uint64
-	First, Last stream.Position
-	Name        string // within the group's folder of segments
-}
-
-func refOf(s segment.Summary) Ref {
-	return Ref{s.Sequence, s.First, s.Last, fmt.Sprintf("%016x-%016x-%016x.seg", s.Sequence, uint64(s.First), uint64(s.Last))}
-}
-
-func (v *Vault) segments(group string) string {
-	return filepath.Join(v.dir, "groups", group, "segments", "L00")
-}
-
-// Segments lists a group's segments in order. A hole in their sequence is no
-// error here: who reads them says what it spoils.
-func (v *Vault) Segments(_ context.Context, group string) ([]Ref, error) {
-	if err := CheckName(group); err != nil {
+// folders lists the groups that have anything in the vault, also only a lock.
+func (v *Vault) folders(ctx context.Context) ([]string, error) {
+	if err := v.here(ctx); err != nil {
 		return nil, err
 	}
-	entries, err := os.ReadDir(v.segments(group))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("group %q: %w", group, ErrNoGroup)
-	}
+	objects, err := v.list(ctx, "groups/", "/")
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
+		return nil, err
 	}
-	var out []Ref
-	for _, e := range entries {
-		var seq, first, last uint64
-		if n, _ := fmt.Sscanf(e.Name(), "%16x-%16x-%16x.seg", &seq, &first, &last); n != 3 || len(e.Name()) != 54 {
-			continue
+	var out []string
+	for _, o := range objects {
+		name := strings.TrimSuffix(strings.TrimPrefix(o.Key, "groups/"), "/")
+		if o.IsDir && CheckName(name) == nil {
+			out = append(out, name)
 		}
-		out = append(out, Ref{seq, stream.Position(first), stream.Position(last), e.Name()})
 	}
-	slices.SortFunc(out, func(a, b Ref) int { return strings.Compare(a.Name, b.Name) })
+	slices.Sort(out)
 	return out, nil
-}
-
-// Object is an opened segment; Close it.
-type Object struct {
-	*segment.Segment
-	Ref  Ref
-	Path string
-	file *os.File
-}
-
-// Close ends the reading.
-func (o *Object) Close() error { return o.file.Close() }
-
-// OpenSegment opens one. Errors wrap segment.ErrDamaged where its content is
-// not what was written, or not what its name says.
-func (v *Vault) OpenSegment(_ context.Context, group string, r Ref) (*Object, error) {
-	path := filepath.Join(v.segments(group), r.Name)
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
-	}
-	st, err := f.Stat()
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	s, err := segment.Open(f, st.Size())
-	if err == nil {
-		if sum := s.Summary(); refOf(sum) != r || s.Header().Group != group {
-			err = fmt.Errorf("%w: it is segment %d of group %q", segment.ErrDamaged, sum.Sequence, s.Header().Group)
-		}
-	}
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("group %s, object %s: %w", group, r.Name, err)
-	}
-	return &Object{Segment: s, Ref: r, Path: path, file: f}, nil
 }

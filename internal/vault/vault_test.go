@@ -15,14 +15,16 @@ import (
 	"tidemark/internal/stream"
 )
 
-func sealedFile(t *testing.T, dir string, sequence uint64, mark string) (string, segment.Summary) {
+// sealed gives the bytes of a segment with one bookmark, behind another.
+func sealed(t testing.TB, prev segment.Summary, mark string) ([]byte, segment.Summary) {
 	t.Helper()
+	sequence := prev.Sequence + 1
 	b := segment.NewBuilder(1 << 12)
 	r := stream.Record{Kind: stream.KindBookmark, Position: stream.Position(sequence), Name: mark}
 	if err := b.Append(&r); err != nil {
 		t.Fatal(err)
 	}
-	s, err := b.Seal(segment.Header{Group: "g", Sequence: sequence, Disks: []segment.Disk{{Name: "d", Size: 4096, SectorSize: 512, BlockSize: 4096}}}, segment.State{Last: stream.Position(sequence)})
+	s, err := b.Seal(segment.Header{Group: "g", Sequence: sequence, Previous: prev.Digest, Disks: []segment.Disk{{Name: "d", Size: 4096, SectorSize: 512, BlockSize: 4096}}}, segment.State{Last: stream.Position(sequence)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -30,11 +32,17 @@ func sealedFile(t *testing.T, dir string, sequence uint64, mark string) (string,
 	if _, err := s.WriteTo(&buf); err != nil {
 		t.Fatal(err)
 	}
+	return buf.Bytes(), s.Summary
+}
+
+func sealedFile(t testing.TB, dir string, prev segment.Summary, mark string) (string, segment.Summary) {
+	t.Helper()
+	b, sum := sealed(t, prev, mark)
 	path := filepath.Join(dir, mark)
-	if err := os.WriteFile(path, buf.Bytes(), 0o600); err != nil {
+	if err := os.WriteFile(path, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return path, s.Summary
+	return path, sum
 }
 
 func create(t *testing.T) *Vault {
@@ -83,35 +91,45 @@ func TestPutKeepsHistory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Unlock()
-	one, s1 := sealedFile(t, dir, 1, "one")
-	two, s2 := sealedFile(t, dir, 2, "two")
-	other, so := sealedFile(t, dir, 1, "eno")
-	three, s3 := sealedFile(t, dir, 4, "four")
-	if err := v.Put(t.Context(), l, two, s2); !errors.Is(err, ErrConflict) {
-		t.Errorf("the second first: %v", err)
-	}
-	for range 2 {
-		if err := v.Put(t.Context(), l, one, s1); err != nil {
-			t.Fatal(err)
+	one, s1 := sealedFile(t, dir, segment.Summary{}, "one")
+	two, s2 := sealedFile(t, dir, s1, "two")
+	other, so := sealedFile(t, dir, segment.Summary{}, "another")
+	behindOther, sbo := sealedFile(t, dir, so, "behind another")
+	three, s3 := sealedFile(t, dir, s2, "third")
+	four, s4 := sealedFile(t, dir, s3, "four")
+	put := func(what, path string, sum segment.Summary, want error) {
+		t.Helper()
+		if err := v.Put(t.Context(), l, path, sum); !errors.Is(err, want) {
+			t.Fatalf("%s: %v, want %v", what, err, want)
 		}
 	}
-	if err := v.Put(t.Context(), l, other, so); !errors.Is(err, ErrConflict) {
-		t.Errorf("another first segment: %v", err)
-	}
-	if err := v.Put(t.Context(), l, three, s3); !errors.Is(err, ErrConflict) {
-		t.Errorf("a hole: %v", err)
-	}
-	if err := v.Put(t.Context(), l, two, s2); err != nil {
+	put("the second first", two, s2, ErrConflict)
+	put("the first", one, s1, nil)
+	put("the first again", one, s1, nil)
+	put("another first segment", other, so, ErrConflict)
+	put("a hole", three, s3, ErrConflict)
+	put("a second behind another first", behindOther, sbo, ErrConflict)
+	put("a summary of another", two, s1, ErrConflict)
+	put("the second", two, s2, nil)
+	// What a killed writer leaves is no object, and goes with the next writer.
+	left := filepath.Join(v.Dir(), segmentsOf("g"), "0000000000000003-0000000000000003-0000000000000003.seg.1-1"+temporary)
+	if err := os.WriteFile(left, []byte("torn"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// What a killed writer leaves is no object, and is replaced.
-	if err := os.WriteFile(filepath.Join(v.segments("g"), "0000000000000003-0000000000000003-0000000000000003.seg"+temporary), []byte("torn"), 0o600); err != nil {
+	if err := l.Unlock(); err != nil {
 		t.Fatal(err)
 	}
-	third, st := sealedFile(t, dir, 3, "third")
-	if err := v.Put(t.Context(), l, third, st); err != nil {
+	if err := v.Put(t.Context(), l, three, s3); !errors.Is(err, ErrUnlocked) {
+		t.Errorf("without the lock: %v", err)
+	}
+	if l, err = v.Lock(t.Context(), "g", Holder{}); err != nil {
 		t.Fatal(err)
+	}
+	defer l.Unlock()
+	put("a hole after opening again", four, s4, ErrConflict)
+	put("the third", three, s3, nil)
+	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a killed writer's file is still there: %v", err)
 	}
 	refs, err := v.Segments(t.Context(), "g")
 	if err != nil || len(refs) != 3 {

@@ -1,0 +1,184 @@
+package vault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"gocloud.dev/blob"
+
+	"tidemark/internal/segment"
+	"tidemark/internal/stream"
+)
+
+// Names are also what pins under bpffs can be called, which allows no dots.
+var groupName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$`)
+
+// CheckName returns an error wrapping ErrName where a group cannot be called so.
+func CheckName(name string) error {
+	if !groupName.MatchString(name) {
+		return fmt.Errorf("%q: want 1 to 64 of letters, digits, - and _, not beginning with -: %w", name, ErrName)
+	}
+	return nil
+}
+
+// Ref names a segment in the vault. All but the size stands in the object's name.
+type Ref struct {
+	Sequence    uint64
+	First, Last stream.Position
+	Name        string // within the group's folder of segments
+	Size        int64  // bytes, as listed
+}
+
+func refOf(s segment.Summary) Ref {
+	return Ref{s.Sequence, s.First, s.Last, fmt.Sprintf("%016x-%016x-%016x.seg", s.Sequence, uint64(s.First), uint64(s.Last)), s.Size}
+}
+
+// parseRef reads an object's name. Only names that refOf gives are taken.
+func parseRef(name string, size int64) (Ref, bool) {
+	parts := strings.Split(strings.TrimSuffix(name, ".seg"), "-")
+	if len(parts) != 3 || !strings.HasSuffix(name, ".seg") {
+		return Ref{}, false
+	}
+	var n [3]uint64
+	for i, p := range parts {
+		var err error
+		if n[i], err = strconv.ParseUint(p, 16, 64); err != nil || len(p) != 16 {
+			return Ref{}, false
+		}
+	}
+	r := refOf(segment.Summary{Sequence: n[0], First: stream.Position(n[1]), State: segment.State{Last: stream.Position(n[2])}, Size: size})
+	return r, r.Name == name
+}
+
+func segmentsOf(group string) string { return "groups/" + group + "/segments/L00/" }
+
+func (v *Vault) list(ctx context.Context, prefix, delimiter string) (out []*blob.ListObject, err error) {
+	it := v.bucket.List(&blob.ListOptions{Prefix: prefix, Delimiter: delimiter})
+	for {
+		o, err := it.Next(ctx)
+		if errors.Is(err, io.EOF) {
+			return out, nil
+		}
+		if err != nil {
+			return nil, unreachable(err)
+		}
+		out = append(out, o)
+	}
+}
+
+// Segments lists a group's segments in order, from the names alone. A hole in
+// their sequence is no error here: who reads them says what it spoils.
+// ErrNoGroup: there is none.
+func (v *Vault) Segments(ctx context.Context, group string) ([]Ref, error) {
+	if err := CheckName(group); err != nil {
+		return nil, err
+	}
+	objects, err := v.list(ctx, segmentsOf(group), "/")
+	if err != nil {
+		return nil, err
+	}
+	out := make([]Ref, 0, len(objects))
+	for _, o := range objects {
+		if r, ok := parseRef(strings.TrimPrefix(o.Key, segmentsOf(group)), o.Size); ok && !o.IsDir {
+			out = append(out, r)
+		}
+	}
+	if len(out) == 0 {
+		if err := v.here(ctx); err != nil {
+			return nil, err
+		}
+		return nil, fmt.Errorf("group %q: %w", group, ErrNoGroup)
+	}
+	slices.SortFunc(out, func(a, b Ref) int { return strings.Compare(a.Name, b.Name) })
+	return out, nil
+}
+
+// content reads an object at random.
+type content interface {
+	io.ReaderAt
+	io.Closer
+}
+
+// ranged reads an object of a bucket by requests for ranges.
+type ranged struct {
+	ctx    context.Context
+	bucket *blob.Bucket
+	key    string
+}
+
+func (r ranged) ReadAt(p []byte, off int64) (int, error) {
+	in, err := r.bucket.NewRangeReader(r.ctx, r.key, off, int64(len(p)), nil)
+	if err != nil {
+		return 0, err
+	}
+	defer in.Close()
+	n, err := io.ReadFull(in, p)
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		err = io.EOF
+	}
+	return n, err
+}
+
+func (ranged) Close() error { return nil }
+
+func (v *Vault) content(ctx context.Context, key string) (content, int64, error) {
+	if v.local != nil {
+		return v.local.open(key)
+	}
+	a, err := v.bucket.Attributes(ctx, key)
+	if err != nil {
+		return nil, 0, err
+	}
+	return ranged{context.WithoutCancel(ctx), v.bucket, key}, a.Size, nil
+}
+
+// Object is an opened segment; Close it.
+type Object struct {
+	*segment.Segment
+	Ref     Ref
+	content content
+}
+
+// Close ends the reading.
+func (o *Object) Close() error { return o.content.Close() }
+
+// OpenSegment opens one. Errors wrap segment.ErrDamaged where its content is
+// not what was written, not what its name says, or gone; ErrUnreachable where
+// it cannot be read.
+func (v *Vault) OpenSegment(ctx context.Context, group string, r Ref) (*Object, error) {
+	s, c, err := v.openSegment(ctx, group, r)
+	if err != nil {
+		return nil, fmt.Errorf("group %s, object %s: %w", group, r.Name, unreachable(err))
+	}
+	return &Object{Segment: s, Ref: r, content: c}, nil
+}
+
+func (v *Vault) openSegment(ctx context.Context, group string, r Ref) (_ *segment.Segment, _ content, err error) {
+	c, size, err := v.content(ctx, segmentsOf(group)+r.Name)
+	if notFound(err) {
+		if err := v.here(ctx); err != nil {
+			return nil, nil, err
+		}
+		return nil, nil, fmt.Errorf("%w: it is not there any more", segment.ErrDamaged)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	s, err := segment.Open(c, size)
+	if err == nil {
+		if sum := s.Summary(); refOf(sum) != r || s.Header().Group != group {
+			err = fmt.Errorf("%w: it is segment %d of group %q with positions %d to %d and %d bytes", segment.ErrDamaged,
+				sum.Sequence, s.Header().Group, sum.First, sum.Last, sum.Size)
+		}
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, c.Close())
+	}
+	return s, c, nil
+}
