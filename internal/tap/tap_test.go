@@ -28,7 +28,7 @@ func targetFor(t testing.TB, d *testkit.Disk) Target {
 	if err := unix.Stat(d.Path, &st); err != nil {
 		t.Fatal(err)
 	}
-	b, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(d.Path), "diskseq"))
+	b, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/diskseq", unix.Major(st.Rdev), unix.Minor(st.Rdev)))
 	if err != nil {
 		t.Fatal(err)
 	}
