@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -122,14 +124,45 @@ func sweepLeftovers(t testing.TB) {
 			t.Logf("left by a test run that was killed: %v", err)
 		}
 	}
+	SweepDirs()
+}
+
+// OrphanedDirs are the folders of test processes that no longer live.
+func OrphanedDirs() (orphans []string) {
 	for _, parent := range []string{"/dev/shm/", os.TempDir() + "/"} {
 		dirs, _ := filepath.Glob(parent + prefix + "*")
-		for _, dir := range dirs {
-			if orphaned(dir) {
-				os.RemoveAll(dir)
+		orphans = append(orphans, slices.DeleteFunc(dirs, func(dir string) bool { return !orphaned(dir) })...)
+	}
+	return orphans
+}
+
+// SweepDirs removes the folders of test processes that no longer live, but for
+// those of daemons: package program ends the daemon first.
+func SweepDirs() {
+	for _, dir := range OrphanedDirs() {
+		if text, err := os.ReadFile(filepath.Join(dir, "daemon.pid")); err == nil {
+			if pid, err := strconv.Atoi(string(text)); err == nil && unix.Kill(pid, 0) == nil {
+				continue
 			}
 		}
+		os.RemoveAll(dir)
 	}
+}
+
+// Dir is a folder on disk that goes when the test ends, or, where that is
+// killed, when another begins.
+func Dir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", fmt.Sprintf("%s%d-", prefix, os.Getpid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
 }
 
 // Mkfs makes a file system on a device.

@@ -1,0 +1,242 @@
+// Package program runs the real tidemark binary for tests: daemons with a
+// state, a socket and a vault of their own, killed and started again at will,
+// and the verbs as a user calls them. What a killed test run left behind
+// (daemons, taps) is ended before the next begins.
+package program
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"tidemark/internal/testkit"
+)
+
+// verbMax bounds every verb: one that waits for ever must not take all tests with it.
+const verbMax = 3 * time.Minute
+
+var build = sync.OnceValues(func() (string, error) {
+	if bin := os.Getenv("TIDEMARK_BIN"); bin != "" {
+		return filepath.Abs(bin)
+	}
+	root, err := exec.Command("go", "env", "GOMOD").Output()
+	if err != nil {
+		return "", err
+	}
+	// One place a checkout: the go command's own cache makes the second build quick.
+	dir, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	bin := filepath.Join(dir, "tidemark", "test-bin", fmt.Sprintf("tidemark-%d", os.Getpid()))
+	cmd := exec.Command("go", "build", "-o", bin, "./cmd/tidemark")
+	cmd.Dir = filepath.Dir(strings.TrimSpace(string(root)))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	return bin, nil
+})
+
+// Binary is the program under test: TIDEMARK_BIN, or built from the source at hand.
+func Binary(t testing.TB) string {
+	t.Helper()
+	bin, err := build()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bin
+}
+
+// Daemon is one daemon with everything that belongs to it. It is used by one
+// goroutine, but for Verb, Run and Status.
+type Daemon struct {
+	Dir    string // holds state, socket, log, vault
+	State  string // the --state folder; may be changed before Start
+	Vault  string // the folder that tests give as --vault
+	t      testing.TB
+	cmd    *exec.Cmd
+	ended  chan struct{}
+	bin    string
+	extras []string
+}
+
+// New starts a daemon with more arguments, if any. When the test ends it is
+// killed and its taps are removed.
+func New(t testing.TB, args ...string) *Daemon {
+	t.Helper()
+	testkit.Need(t, "root", "tap", "loop")
+	sweep.Do(sweepDaemons)
+	dir := testkit.Dir(t)
+	d := &Daemon{Dir: dir, State: filepath.Join(dir, "state"), Vault: filepath.Join(dir, "vault"), t: t, bin: Binary(t), extras: args}
+	t.Cleanup(d.cleanup)
+	d.Start()
+	return d
+}
+
+// Start starts the daemon, also after an earlier one ended, and waits until it answers.
+func (d *Daemon) Start() {
+	d.t.Helper()
+	log, err := os.OpenFile(filepath.Join(d.Dir, "log"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	defer log.Close()
+	d.cmd = exec.Command(d.bin, append([]string{"daemon", "--state", d.State}, d.extras...)...)
+	d.cmd.Env, d.cmd.Stdout, d.cmd.Stderr = d.env(), log, log
+	if err := d.cmd.Start(); err != nil {
+		d.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(d.Dir, pidFile), []byte(strconv.Itoa(d.cmd.Process.Pid)), 0o600); err != nil {
+		d.t.Fatal(err)
+	}
+	d.ended = make(chan struct{})
+	go func(cmd *exec.Cmd, ended chan struct{}) { _ = cmd.Wait(); close(ended) }(d.cmd, d.ended)
+	Eventually(d.t, time.Minute, "the daemon answers", func() error {
+		select {
+		case <-d.ended:
+			d.t.Fatalf("the daemon ended: %s", d.Log())
+		default:
+		}
+		_, err := d.Verb("status", "--json")
+		return err
+	})
+}
+
+// PID is the daemon's process id.
+func (d *Daemon) PID() int { return d.cmd.Process.Pid }
+
+// Kill ends the daemon with kill -9.
+func (d *Daemon) Kill() {
+	_ = d.cmd.Process.Kill()
+	<-d.ended
+}
+
+// Stop ends the daemon as systemd does.
+func (d *Daemon) Stop() {
+	d.t.Helper()
+	_ = d.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-d.ended:
+	case <-time.After(time.Minute):
+		d.t.Errorf("the daemon does not end: %s", d.Log())
+		d.Kill()
+	}
+}
+
+// Restart is Kill and Start.
+func (d *Daemon) Restart() {
+	d.t.Helper()
+	d.Kill()
+	d.Start()
+}
+
+func (d *Daemon) env() []string {
+	return append(os.Environ(), "TIDEMARK_SOCKET="+filepath.Join(d.Dir, "socket"))
+}
+
+// Log is the end of what the daemons said.
+func (d *Daemon) Log() string {
+	b, _ := os.ReadFile(filepath.Join(d.Dir, "log"))
+	lines := strings.Split(string(b), "\n")
+	return strings.Join(lines[max(0, len(lines)-60):], "\n")
+}
+
+// Verb runs one verb and gives its standard output; the error is an *Error.
+func (d *Daemon) Verb(args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), verbMax)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, d.bin, args...)
+	cmd.Env = d.env()
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return string(out), &Error{Args: args, Exit: cmd.ProcessState.ExitCode(), Text: string(out) + stderr.String(), Cause: errors.Join(err, ctx.Err())}
+	}
+	return string(out), nil
+}
+
+// Error is a verb that failed.
+type Error struct {
+	Args  []string
+	Exit  int    // -1 where it was killed
+	Text  string // all that it said
+	Cause error
+}
+
+func (e *Error) Error() string {
+	return fmt.Sprintf("tidemark %s: %v\n%s", strings.Join(e.Args, " "), e.Cause, e.Text)
+}
+
+// Run is a verb that must succeed.
+func (d *Daemon) Run(args ...string) string {
+	d.t.Helper()
+	out, err := d.Verb(args...)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return out
+}
+
+// Refused is a verb that must fail with an exit code; it gives what the verb said.
+func (d *Daemon) Refused(exit int, args ...string) string {
+	d.t.Helper()
+	_, err := d.Verb(args...)
+	e := (*Error)(nil)
+	if !errors.As(err, &e) || e.Exit != exit {
+		d.t.Fatalf("tidemark %s: want exit %d, have %v", strings.Join(args, " "), exit, err)
+	}
+	return e.Text
+}
+
+// Protect puts disks into a group and waits until it is durable in the vault.
+func (d *Daemon) Protect(group string, args ...string) {
+	d.t.Helper()
+	d.Run(append([]string{"protect", "--wait", "--vault", d.Vault, "--name", group}, args...)...)
+}
+
+// Points is what `points --json` lists of a group.
+func (d *Daemon) Points(group string) []Point {
+	d.t.Helper()
+	var all []Point
+	text := d.Run("points", "--vault", d.Vault, group, "--json")
+	if err := json.Unmarshal([]byte(text), &all); err != nil {
+		d.t.Fatalf("%v in %s", err, text)
+	}
+	return all
+}
+
+// Point is one point as `points --json` tells it.
+type Point struct {
+	Position    uint64 `json:"position"`
+	Time        string `json:"time"`
+	Bookmark    string `json:"bookmark"`
+	Consistency string `json:"consistency"`
+	Stretch     int    `json:"stretch"`
+}
+
+// Restored is a file with a disk of a group as it was at a point. It goes when the test ends.
+func (d *Daemon) Restored(group, disk, at string) string {
+	d.t.Helper()
+	f, err := os.CreateTemp(d.Dir, "restored-")
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	f.Close()
+	args := []string{"restore", "--vault", d.Vault, group, "--at", at, "--to", f.Name()}
+	if disk != "" {
+		args = append(args, "--disk", disk)
+	}
+	d.Run(args...)
+	return f.Name()
+}
