@@ -14,6 +14,7 @@ import (
 type onTheWay struct {
 	mu      sync.Mutex
 	items   []parcel
+	reached uint64 // sequence up to which the vault holds everything
 	durable stream.Position
 }
 
@@ -23,9 +24,14 @@ type parcel struct {
 	restorable stream.Position
 }
 
+// push is called when a segment is in the spool: the shipper may have been faster.
 func (w *onTheWay) push(sequence uint64, since time.Time, restorable stream.Position) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if sequence <= w.reached {
+		w.durable = max(w.durable, restorable)
+		return
+	}
 	w.items = append(w.items, parcel{sequence, since, restorable})
 }
 
@@ -33,6 +39,7 @@ func (w *onTheWay) push(sequence uint64, since time.Time, restorable stream.Posi
 func (w *onTheWay) arrived(sequence uint64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.reached = max(w.reached, sequence)
 	for len(w.items) > 0 && w.items[0].sequence <= sequence {
 		w.durable = max(w.durable, w.items[0].restorable)
 		w.items = w.items[1:]
