@@ -2,8 +2,10 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -55,6 +57,21 @@ func (p *progress) Set(done, total int64) {
 		p.bar.SetTotal(total, false)
 		p.bar.SetCurrent(done)
 	}
+}
+
+// Note says what the work waits for, one line for each reason.
+func (p *progress) Note(reasons []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.json {
+		_ = json.NewEncoder(p.out).Encode(map[string]any{"message_type": "waiting", "what": p.what, "reasons": reasons})
+		return
+	}
+	out := p.out
+	if p.group != nil {
+		out = p.group // above the bar
+	}
+	fmt.Fprintf(out, "%s: %s\n", p.what, strings.Join(reasons, "\n  "))
 }
 
 // Done takes the bar off.

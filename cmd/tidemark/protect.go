@@ -99,15 +99,28 @@ func socketFlagOf(cmd *cobra.Command) *string {
 	return &s
 }
 
-// waitProtected follows a group until its newest position is a point that the vault holds.
+// answerWithin bounds one question to the daemon while something is waited for:
+// a daemon that hangs is told of, and asked again.
+const answerWithin = 15 * time.Second
+
+// waitProtected follows a group until its newest position is a point that the
+// vault holds. It says what it waits for.
 func waitProtected(ctx context.Context, c *api.Client, name string, progress io.Writer, asJSON bool) (api.Group, error) {
 	bar := newProgress(progress, "filling", asJSON)
 	defer bar.Done()
 	tick := time.NewTicker(200 * time.Millisecond)
 	defer tick.Stop()
+	var w waiting
 	for {
-		g, err := groupStatus(ctx, c, name)
-		if err != nil {
+		asked, cancel := context.WithTimeout(ctx, answerWithin)
+		g, err := groupStatus(asked, c, name)
+		silent := err != nil && asked.Err() != nil && ctx.Err() == nil
+		cancel()
+		switch {
+		case silent:
+			bar.Note([]string{fmt.Sprintf("the daemon has not answered for %v", answerWithin)})
+			continue
+		case err != nil:
 			return g, err
 		}
 		var size, gap int64
@@ -115,13 +128,17 @@ func waitProtected(ctx context.Context, c *api.Client, name string, progress io.
 			size, gap = size+d.SizeBytes, gap+d.GapBytes
 		}
 		bar.Set(size-gap, size)
-		if g.ConsistentSince != 0 && g.DurablePosition >= g.ConsistentSince {
+		reasons := holdups(g)
+		if len(reasons) == 0 {
 			return g, nil
 		}
 		for _, c := range g.Conditions {
 			if c.Severity == "error" && g.State == api.Offline {
 				return g, &api.Error{Code: api.CodeRefused, Message: fmt.Sprintf("group %s is offline: %s", name, c.Detail), Remedy: c.Remedy}
 			}
+		}
+		if w.due(time.Now(), reasons) {
+			bar.Note(reasons)
 		}
 		select {
 		case <-ctx.Done():
