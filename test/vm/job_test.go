@@ -14,6 +14,7 @@ import (
 type job struct {
 	pkg     string        // folder below the repository's root
 	run     string        // pattern of go test -run (TIDEMARK_VM_RUN); empty: all
+	count   int           // how often they are run (TIDEMARK_VM_COUNT); 0: once
 	timeout time.Duration // of its tests together, in the guest
 
 	binary, out, root string
@@ -71,8 +72,8 @@ for m in fuse virtio_blk dm-mod ext4 xfs btrfs; do modprobe $m; done
 busybox ip link set lo up
 `, quote(kernel), quote(program))
 	for _, j := range g.jobs {
-		fmt.Fprintf(&b, "cd %s && timeout -k 5 %d %s -test.v=test2json -test.timeout=%v -test.run=%s >/results/%s.out 2>&1\necho $? >/results/%[6]s.exit\n",
-			quote(filepath.Join(j.root, j.pkg)), int(j.timeout.Seconds())+10, quote(j.binary), j.timeout, quote(j.run), j.out)
+		fmt.Fprintf(&b, "cd %s && timeout -k 5 %d %s -test.v=test2json -test.timeout=%v -test.count=%d -test.run=%s >/results/%s.out 2>&1\necho $? >/results/%[7]s.exit\n",
+			quote(filepath.Join(j.root, j.pkg)), int(j.timeout.Seconds())+10, quote(j.binary), j.timeout, max(j.count, 1), quote(j.run), j.out)
 	}
 	b.WriteString("dmesg | grep -E 'BUG|WARNING|Call Trace' >/results/kernel-complaints\ntouch /results/finished\nsync\necho o >/proc/sysrq-trigger\nsleep 60\n")
 	return b.String()

@@ -6,6 +6,7 @@ package vm
 import (
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -37,6 +38,7 @@ func runGuest(t *testing.T, suite string) {
 	}
 	for i := range g.jobs {
 		g.jobs[i].run = os.Getenv("TIDEMARK_VM_RUN")
+		g.jobs[i].count, _ = strconv.Atoi(os.Getenv("TIDEMARK_VM_COUNT")) // to find what fails now and then
 	}
 	g.report(t, g.boot(t))
 }
