@@ -92,7 +92,7 @@ func (s *service) find(name string) (*protect.Group, error) {
 func (s *service) Status(ctx context.Context) (api.Status, error) {
 	out := api.Status{Version: s.version, Groups: []api.Group{}, Conditions: s.health.List()}
 	for _, g := range s.list() {
-		out.Groups = append(out.Groups, g.Status(ctx))
+		out.Groups = append(out.Groups, groupOf(g.Status(ctx)))
 	}
 	return out, nil
 }
@@ -115,7 +115,7 @@ func (s *service) Protect(ctx context.Context, r api.ProtectRequest) (api.Group,
 		return api.Group{}, coded(err)
 	}
 	s.groups[g.Config().Name] = g
-	return g.Status(ctx), nil
+	return groupOf(g.Status(ctx)), nil
 }
 
 func (s *service) Unprotect(ctx context.Context, name string, abandon bool) error {
@@ -149,8 +149,8 @@ func (s *service) VerifyLive(ctx context.Context, name string) ([]api.LiveDisk, 
 	if err != nil {
 		return nil, err
 	}
-	out, err := g.VerifyLive(ctx)
-	return out, coded(err)
+	disks, err := g.VerifyLive(ctx)
+	return liveOf(disks), coded(err)
 }
 
 // coded gives an error the code that clients branch on: the only place where

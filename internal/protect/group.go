@@ -21,7 +21,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"tidemark/internal/control/api"
 	"tidemark/internal/disk"
 	"tidemark/internal/health"
 	"tidemark/internal/tap"
@@ -306,58 +305,4 @@ func (g *Group) Unprotect(ctx context.Context, abandon bool) error {
 	}
 	g.Stop()
 	return errors.Join(tap.Discard(g.env.Instance, g.cfg.Name), os.RemoveAll(g.env.dir(g.cfg.Name)), syncDir(filepath.Dir(g.env.dir(g.cfg.Name))))
-}
-
-// Status says how the group is. The ring is looked at up to its producer first.
-func (g *Group) Status(ctx context.Context) api.Group {
-	out := api.Group{Name: g.cfg.Name, State: api.Offline, Mode: api.ModeBitmap, WayIn: "tap", Vault: g.cfg.Vault}
-	for _, d := range g.cfg.Disks {
-		out.Disks = append(out.Disks, api.Disk{Name: d.Name, Device: d.Path, SizeBytes: d.Size, GapBytes: d.Size, Identity: d.Identity.String()})
-	}
-	if s := g.current(); s != nil {
-		_ = s.ask(ctx, func() error { return s.describe(&out) }) // a session that is just ending is offline
-	}
-	out.Conditions = g.health.List()
-	return out
-}
-
-// describe fills in what only the session knows.
-func (s *session) describe(out *api.Group) error {
-	if !s.full {
-		if err := s.pump(); err != nil {
-			return err
-		}
-		if err := s.gaps(); err != nil {
-			return err
-		}
-	}
-	c, err := s.tap.Counters()
-	if err != nil {
-		return err
-	}
-	out.Mode, out.ConsistentSince, out.CapturedPosition = s.mode.now, s.settled, s.position
-	var oldest time.Time
-	out.DurablePosition, oldest = s.pending.state()
-	if oldest.IsZero() && s.builder.Records() > 0 {
-		oldest = s.builderSince
-	}
-	if !oldest.IsZero() {
-		out.LagSeconds = time.Since(oldest).Seconds()
-	}
-	out.RingBytes, out.RingUsedBytes, out.SpoolBytes = s.tap.RingSize(), int64(s.tap.Producer()-s.tap.Consumer()), s.spool.Bytes()
-	for i := range out.Disks {
-		d, n := &out.Disks[i], c.Disks[i]
-		d.Device, d.GapBytes = s.disks[i].Path, s.engine.Remaining(i)
-		d.Writes, d.WrittenBytes, d.LostWrites, d.FailedWrites = n.Writes, n.Bytes, n.Lost, n.Failed
-	}
-	switch {
-	case s.mode.now != api.ModeData || s.full:
-		out.State = api.Degraded
-	case s.gapOpen:
-		out.State = api.Filling
-	default:
-		out.State = api.Protected
-		s.health.Clear("unknown-territory", s.cfg.Name)
-	}
-	return nil
 }

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"tidemark/internal/block"
-	"tidemark/internal/control/api"
 	"tidemark/internal/stream"
 	"tidemark/internal/timeline"
 )
@@ -16,15 +15,25 @@ import (
 // liveRounds bounds how often what differed is looked at again.
 const liveRounds = 20
 
+// LiveDisk is the result of comparing one disk with the vault; sizes are bytes.
+type LiveDisk struct {
+	Disk           string
+	Position       stream.Position
+	Compared       int64
+	Different      int64
+	FirstDifferent int64 // offset; -1 where all is equal
+	Settled        bool  // false: the disk never held still for the comparison
+}
+
 // VerifyLive compares the vault with the disks themselves. What differs is
 // looked at again with what was written meanwhile; a range that nobody wrote to
 // between two looks, and that differs in both, is different.
-func (g *Group) VerifyLive(ctx context.Context) ([]api.LiveDisk, error) {
+func (g *Group) VerifyLive(ctx context.Context) ([]LiveDisk, error) {
 	s := g.current()
 	if s == nil {
 		return nil, g.offlineError()
 	}
-	var out []api.LiveDisk
+	var out []LiveDisk
 	for i := range s.cfg.Disks {
 		d, err := s.compareDisk(ctx, i)
 		if err != nil {
@@ -35,9 +44,9 @@ func (g *Group) VerifyLive(ctx context.Context) ([]api.LiveDisk, error) {
 	return out, nil
 }
 
-func (s *session) compareDisk(ctx context.Context, i int) (api.LiveDisk, error) {
+func (s *session) compareDisk(ctx context.Context, i int) (LiveDisk, error) {
 	cfg := s.cfg.Disks[i]
-	out := api.LiveDisk{Disk: cfg.Name, FirstDifferent: -1, Settled: true}
+	out := LiveDisk{Disk: cfg.Name, FirstDifferent: -1, Settled: true}
 	f, err := openDirect(s.disks[i].Path)
 	if err != nil {
 		return out, err
@@ -57,7 +66,7 @@ func (s *session) compareDisk(ctx context.Context, i int) (api.LiveDisk, error) 
 		}
 		out.Position = view.Position()
 		differ, n, err := differing(ctx, f, view, before, todo)
-		out.ComparedBytes += n
+		out.Compared += n
 		if before != nil {
 			before.Close()
 		}
@@ -66,7 +75,7 @@ func (s *session) compareDisk(ctx context.Context, i int) (api.LiveDisk, error) 
 			return out, err
 		}
 		for _, d := range differ.certain {
-			out.DifferentBytes += d.Len
+			out.Different += d.Len
 			if out.FirstDifferent < 0 || d.Off < out.FirstDifferent {
 				out.FirstDifferent = d.Off
 			}

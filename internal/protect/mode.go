@@ -1,6 +1,13 @@
 package protect
 
-import "tidemark/internal/control/api"
+// Mode is how much of a write is kept at this moment.
+type Mode string
+
+const (
+	ModeData     Mode = "data"     // range and payload
+	ModeMetadata Mode = "metadata" // ranges only
+	ModeBitmap   Mode = "bitmap"   // changed blocks only
+)
 
 // mode says how much of each write the capture keeps. Nobody chooses it; it
 // follows what the tap reports:
@@ -15,14 +22,14 @@ import "tidemark/internal/control/api"
 // On a machine where payloads cannot be read at all the lowest rung is
 // metadata, not data: "settled" leads back there.
 type mode struct {
-	now   api.Mode
-	floor api.Mode // data, or metadata where payloads are never captured
+	now   Mode
+	floor Mode // data, or metadata where payloads are never captured
 }
 
 func newMode(payload bool) mode {
-	floor := api.ModeData
+	floor := ModeData
 	if !payload {
-		floor = api.ModeMetadata
+		floor = ModeMetadata
 	}
 	return mode{now: floor, floor: floor}
 }
@@ -42,8 +49,8 @@ func (m *mode) apply(e modeEvent) {
 	case e == evSettled:
 		m.now = m.floor
 	case e == evDropped:
-		m.now = api.ModeBitmap
-	case e == evRangeOnly && m.now == api.ModeData:
-		m.now = api.ModeMetadata
+		m.now = ModeBitmap
+	case e == evRangeOnly && m.now == ModeData:
+		m.now = ModeMetadata
 	}
 }

@@ -72,8 +72,7 @@ var layer = map[string][]string{
 		"internal/freeze", "internal/health", "internal/snapshot", "internal/splice", "internal/stack"},
 
 	// Assembly and the ways to command it.
-	// The API's types are the words in which a group tells of itself.
-	"internal/protect": {"internal/block", "internal/cbt", "internal/control/api", "internal/disk", "internal/fill", "internal/freeze", "internal/health",
+	"internal/protect": {"internal/block", "internal/cbt", "internal/disk", "internal/fill", "internal/freeze", "internal/health",
 		"internal/restore", "internal/segment", "internal/spool", "internal/stream", "internal/tap", "internal/timeline", "internal/vault"},
 	"internal/doctor":           {"internal/block", "internal/disk", "internal/front/...", "internal/health", "internal/loop", "internal/splice", "internal/tap"},
 	"internal/control/api":      {"internal/block", "internal/health", "internal/stream"},
