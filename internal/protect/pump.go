@@ -63,6 +63,7 @@ func (s *session) take(r *tap.Record) error {
 	if s.builder.Size() >= s.settings.SegmentBytes {
 		return errStop
 	}
+	s.markSound()
 	if r.Drops > s.seenDrops && !s.gapOpen {
 		s.advance(r.Place)
 		if err := s.openDropGap(); err != nil {
@@ -104,6 +105,18 @@ func (s *session) append(r *stream.Record) error {
 		s.builderSince = time.Now()
 	}
 	return s.builder.Append(r)
+}
+
+// markEvery is how many bytes a torn segment loses at most of its sound part.
+const markEvery = 64 << 10
+
+// markSound notes, now and then, that the segment could end here. It is called
+// where it could also be sealed: everything before s.place has been taken.
+func (s *session) markSound() {
+	if size := s.builder.Size(); size-s.marked >= markEvery {
+		s.builder.Mark(s.state())
+		s.marked = size
+	}
 }
 
 // stamp turns the kernel's monotonic clock into time since 1970 that never
@@ -153,6 +166,7 @@ func (s *session) seal() error {
 	s.tap.Commit(s.place)
 	s.pending.push(sealed.Summary.Sequence, s.builderSince, s.restorable())
 	s.builder.Reset()
+	s.marked = 0
 	s.settleBookmarks(nil)
 	return nil
 }
@@ -203,9 +217,11 @@ func (s *session) openGap(cause stream.Cause, ranges []block.DiskRange, drops ui
 	if err := s.tap.SetEnds(true); err != nil {
 		return err
 	}
+	first, what := s.position+1, "gap widened"
 	if !s.gapOpen {
+		what = "gap opened"
 		s.stretchEnd = s.restorable()
-		s.gapSince = s.position + 1
+		s.gapSince = first
 		s.gapOpen, s.settled = true, 0
 	}
 	for part := range chunks(ranges, gapRangesMax) {
@@ -218,7 +234,7 @@ func (s *session) openGap(cause stream.Cause, ranges []block.DiskRange, drops ui
 	s.engine.Open(ranges, fill.Held)
 	s.engine.Checkpoint(fill.Place(s.place), s.position)
 	s.uncleared = append(s.uncleared, ranges...)
-	s.log.Warn("gap opened", "group", s.cfg.Name, "cause", cause.String(), "position", uint64(s.gapSince), "ranges", len(ranges))
+	s.log.Warn(what, "group", s.cfg.Name, "cause", cause.String(), "position", uint64(first), "ranges", len(ranges))
 	return s.sealGaps()
 }
 

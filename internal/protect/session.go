@@ -48,6 +48,7 @@ type session struct {
 	engine       *fill.Engine
 	builder      *segment.Builder
 	builderSince time.Time
+	marked       int // the builder's size at its newest mark
 	previous     segment.Summary
 	record       stream.Record
 
@@ -171,6 +172,7 @@ func (s *session) step() error {
 	if err := s.gaps(); err != nil {
 		return err
 	}
+	s.markSound()
 	old := s.builder.Records() > 0 && time.Since(s.builderSince) >= s.settings.SealEvery
 	if old || s.urgent || s.builder.Size() >= s.settings.SegmentBytes {
 		s.urgent = false
