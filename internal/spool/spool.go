@@ -198,7 +198,7 @@ func (s *Spool) write(path string, g io.WriterTo) error {
 }
 
 func (s *Spool) fill(path string, g io.WriterTo) error {
-	f, err := s.fs.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	f, err := s.fs.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY|vfs.Uncached, 0o600)
 	if err != nil {
 		return err
 	}

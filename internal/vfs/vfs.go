@@ -59,8 +59,15 @@ func (f osFile) Size() (int64, error) {
 	return st.Size(), nil
 }
 
-// OpenFile opens as os.OpenFile does.
+// OpenFile opens as os.OpenFile does, and knows Uncached.
 func (OS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	if flag&Uncached != 0 {
+		f, ordinary, err := openDirect(name, flag, perm)
+		if !ordinary {
+			return f, err
+		}
+		flag &^= Uncached
+	}
 	f, err := os.OpenFile(name, flag, perm)
 	if err != nil {
 		return nil, err
