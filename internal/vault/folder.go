@@ -313,7 +313,7 @@ func (b *folder) NewTypedWriter(ctx context.Context, key, _ string, o *driver.Wr
 		return nil, err
 	}
 	tmp := fmt.Sprintf("%s.%d-%d%s", to, os.Getpid(), writers.Add(1), temporary)
-	f, err := b.fs.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	f, err := b.fs.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY|vfs.Uncached, 0o600)
 	if err != nil {
 		return nil, err
 	}
