@@ -43,7 +43,10 @@ var ErrRunning = errors.New("another daemon is running")
 //  2. the groups stop, each after what its ring holds is durable in the spool;
 //     their taps stay and go on capturing;
 //  3. the socket is removed and the state folder let go.
-func Run(ctx context.Context, cfg Config) error {
+func Run(ctx context.Context, cfg Config) (err error) {
+	if cfg.StateDir, err = filepath.Abs(cfg.StateDir); err != nil {
+		return fmt.Errorf("state folder: %w", err)
+	}
 	lock, err := openState(cfg.StateDir)
 	if err != nil {
 		return err
@@ -78,10 +81,9 @@ func Run(ctx context.Context, cfg Config) error {
 		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
 		end, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
-		if err := server.Shutdown(end); err != nil {
+		if server.Shutdown(end) != nil {
 			server.Close()
 		}
-		err = nil
 	}
 	return err
 }

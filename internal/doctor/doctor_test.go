@@ -119,6 +119,17 @@ func TestOrphan(t *testing.T) {
 	if err := fix.Apply(); !errors.Is(err, ErrNotOrphan) {
 		t.Errorf("Apply: %v", err)
 	}
+	// The folder noted beside the pins is looked into, whichever the caller knows of.
+	places.States = []string{t.TempDir()}
+	if fixOf() == nil {
+		t.Error("an unknown folder's tap passes for owned")
+	}
+	if err := tap.SetOwner(instance, "g", state); err != nil || tap.Owner(instance, "g") != state {
+		t.Errorf("%v, %q", err, tap.Owner(instance, "g"))
+	}
+	if f := fixOf(); f != nil {
+		t.Errorf("owned by another folder's daemon, and yet %+v", f)
+	}
 	if err := os.Remove(group); err != nil {
 		t.Fatal(err)
 	}

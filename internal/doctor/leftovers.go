@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -97,7 +98,11 @@ func (p Places) judge(f tap.Pin, users map[ebpf.MapID]int) (orphan bool, reason 
 	if pid := userOf(f, users); pid != 0 {
 		return false, fmt.Sprintf("process %d (%s) has it open", pid, comm(pid))
 	}
-	for _, state := range p.states() {
+	states := p.states()
+	if own := tap.Owner(f.Instance, f.Group); own != "" && !slices.Contains(states, own) {
+		states = append(slices.Clone(states), own)
+	}
+	for _, state := range states {
 		b, err := os.ReadFile(filepath.Join(state, "instance"))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -116,7 +121,7 @@ func (p Places) judge(f tap.Pin, users map[ebpf.MapID]int) (orphan bool, reason 
 		}
 		return true, fmt.Sprintf("the daemon of %s has no such group", state)
 	}
-	return true, fmt.Sprintf("no process has it open, and its instance is not that of %s", strings.Join(p.states(), " or "))
+	return true, fmt.Sprintf("no process has it open, and its instance is not that of %s", strings.Join(states, " or "))
 }
 
 // userOf is a process that has one of a tap's maps open, 0 where none has.

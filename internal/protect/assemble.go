@@ -95,6 +95,9 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 		return s, err
 	}
 	undo = append(undo, s.tap.Close)
+	if err = tap.SetOwner(env.Instance, cfg.Name, env.StateDir); err != nil {
+		return s, err
+	}
 	files, err := s.openDisks()
 	if err != nil {
 		return s, err
@@ -261,9 +264,9 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 	s.mode = newMode(s.tap.PayloadCaptured())
 	s.place = s.tap.Consumer()
 	if !s.tap.PayloadCaptured() {
-		s.health.Raise(health.Condition{Code: "metadata-mode", Severity: health.Warning, Subject: s.cfg.Name,
-			Detail: "Payloads cannot be captured: only the ranges of writes are kept, and points exist only while the disks are idle.",
-			Remedy: "See tidemark doctor for the reason."})
+		s.metadataMode()
+	} else {
+		s.health.Clear("metadata-mode", s.cfg.Name)
 	}
 	cause := stream.CauseInitial
 	if h != nil {
@@ -295,6 +298,13 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 	s.gapCause = cause
 	s.lastTime = max(s.lastTime, 1)
 	return s.openGap(cause, whole, s.tap.Drops())
+}
+
+// metadataMode says that payloads are not captured, and why.
+func (s *session) metadataMode() {
+	s.health.Raise(health.Condition{Code: "metadata-mode", Severity: health.Warning, Subject: s.cfg.Name,
+		Detail: fmt.Sprintf("Payloads are not captured: only the ranges of writes are kept, and points exist only while the disks are idle. The reason: %v.", s.tap.WhyNoPayload()),
+		Remedy: "Restart the daemon to try again; tidemark doctor says what this machine can do."})
 }
 
 // carry takes over what the history says of the past.
