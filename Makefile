@@ -34,7 +34,9 @@ vm:
 
 bench:
 	@test/need.sh
+	@test/setup.sh
 	$(GO) test -run '^$$' -bench . -benchtime 5000x -p 1 ./internal/...
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 30m ./test/bench
 
 generate:
 	$(GO) generate ./bpf
