@@ -3,7 +3,8 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /* Finds out how a struct page's address leads to the memory behind it: "look"
  * notes the page of a write to a scratch disk, "peek" reads an address that the
- * daemon guesses. Loaded for a moment when a tap starts. */
+ * daemon guesses, "fetch" a whole page at one. Loaded for a moment when a tap
+ * starts. */
 #include "kernel.h"
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
@@ -20,6 +21,17 @@ struct {
 	__type(key, __u32);
 	__type(value, struct sight);
 } seen SEC(".maps");
+
+struct fetched {
+	__u8 b[PAGE];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct fetched);
+} fetched SEC(".maps");
 
 SEC("tp_btf/block_bio_queue") int BPF_PROG(look, struct bio *bio)
 {
@@ -49,4 +61,13 @@ SEC("syscall") int peek(struct peek *p)
 	p->out[0] = v[0];
 	p->out[1] = v[1];
 	return err ? 1 : 0;
+}
+
+SEC("syscall") int fetch(struct peek *p)
+{
+	__u32 zero = 0;
+	struct fetched *f = bpf_map_lookup_elem(&fetched, &zero);
+	if (!f)
+		return 1;
+	return bpf_probe_read_kernel(f->b, PAGE, (void *)p->addr) ? 1 : 0;
 }

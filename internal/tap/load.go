@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"sync/atomic"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -141,7 +142,7 @@ func (t *Tap) start() error {
 	if err := t.attach(coll); err != nil {
 		return err
 	}
-	mm, err := newMetaMap(meta{Layout: layout, Identity: t.ident, Targets: t.targets, Ring: int(t.ringSize)})
+	mm, err := newMetaMap(meta{Layout: layout, Identity: t.ident, Targets: t.targets, Ring: int(t.ringSize), Options: t.options})
 	if err != nil {
 		return err
 	}
@@ -228,15 +229,25 @@ func (t *Tap) setUp() {
 		}
 	}
 	if t.options.MapOnly {
-		t.state.Payload, t.state.Ends = payloadMap, endsOff
+		t.state.Payload, t.state.Ends, t.noPayload = payloadMap, endsOff, ErrMetadataOnly
 		return
 	}
+	t.calibrate()
+}
+
+// calibrate has payloads captured from now on, if it can be shown that they are
+// the right ones. Otherwise only ranges are, and noPayload says why.
+func (t *Tap) calibrate() {
 	if t.options.MetadataOnly {
+		t.noPayload = ErrMetadataOnly
 		return
 	}
-	if c, err := calibrate(); err == nil {
-		t.state.VABase, t.state.VAShift, t.state.Payload = c.base, c.shift, payloadYes
+	c, err := calibrate()
+	if t.noPayload = err; err != nil {
+		return
 	}
+	t.state.VABase, t.state.VAShift = c.base, c.shift
+	atomic.StoreUint32(&t.state.Payload, payloadYes) // last: a program may be running
 }
 
 func (t *Tap) putTargets() error {
@@ -321,9 +332,15 @@ func Adopt(instance, group string) (*Tap, error) {
 	if err := rlimit.RemoveMemlock(); err != nil {
 		return nil, err
 	}
-	t := &Tap{pins: p, targets: m.Targets, ident: m.Identity, ringSize: uint64(m.Ring)}
+	t := &Tap{pins: p, targets: m.Targets, ident: m.Identity, ringSize: uint64(m.Ring), options: m.Options}
 	if err := t.adopt(); err != nil {
 		return nil, errors.Join(fmt.Errorf("taking over the tap of group %s: %w", group, err), t.Close())
+	}
+	switch atomic.LoadUint32(&t.state.Payload) {
+	case payloadNo:
+		t.calibrate() // what stood in its way may be gone
+	case payloadMap:
+		t.noPayload = ErrMetadataOnly
 	}
 	return t, nil
 }

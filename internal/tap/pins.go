@@ -78,6 +78,7 @@ type meta struct {
 	Identity [16]byte
 	Targets  []Target
 	Ring     int
+	Options  Options
 }
 
 const metaSize = 64 << 10

@@ -34,6 +34,8 @@ var (
 	ErrLayout   = errors.New("the pinned tap was made by another version of Tidemark")
 	ErrRingFull = errors.New("the ring has no room")
 	ErrConfig   = errors.New("not a valid tap")
+	// ErrMetadataOnly is WhyNoPayload's where nobody tried.
+	ErrMetadataOnly = errors.New("only ranges were asked for")
 )
 
 // Bounds that the programs share (bpf/layout.h).
@@ -104,16 +106,17 @@ type Tap struct {
 	ident   [16]byte
 	options Options
 
-	maps     map[string]*ebpf.Map
-	mark     *ebpf.Program
-	stubs    []*ebpf.Program
-	state    *state
-	counts   []counters
-	change   []byte
-	gaps     []uint64
-	base     []offsets
-	mappings [][]byte
-	rest     rest
+	maps      map[string]*ebpf.Map
+	mark      *ebpf.Program
+	stubs     []*ebpf.Program
+	state     *state
+	counts    []counters
+	change    []byte
+	gaps      []uint64
+	noPayload error
+	base      []offsets
+	mappings  [][]byte
+	rest      rest
 
 	ring     []byte // data, mapped twice in a row
 	ringSize uint64
@@ -136,7 +139,18 @@ func (t *Tap) Identity() [16]byte { return t.ident }
 func (t *Tap) Targets() []Target { return t.targets }
 
 // PayloadCaptured is false in metadata mode.
-func (t *Tap) PayloadCaptured() bool { return t.state.Payload == payloadYes }
+func (t *Tap) PayloadCaptured() bool { return atomic.LoadUint32(&t.state.Payload) == payloadYes }
+
+// WhyNoPayload is why payloads are not captured: ErrMetadataOnly, what stood in
+// the calibration's way, or what Distrust was called with. nil: they are.
+func (t *Tap) WhyNoPayload() error { return t.noPayload }
+
+// Distrust ends the capture of payloads: what was captured was found to be
+// something else than what is on the disk. Writes from now on are gaps.
+func (t *Tap) Distrust(why error) {
+	t.noPayload = why
+	atomic.CompareAndSwapUint32(&t.state.Payload, payloadYes, payloadNo)
+}
 
 // RingSize is the ring's size in bytes.
 func (t *Tap) RingSize() int64 { return int64(t.ringSize) }
