@@ -36,6 +36,12 @@ var sweep sync.Once
 // unmounted and detached first.
 func NewDisk(t testing.TB, size int64) *Disk {
 	t.Helper()
+	return NewDiskOf(t, size, 512)
+}
+
+// NewDiskOf is NewDisk with a logical sector size in bytes, which divides size.
+func NewDiskOf(t testing.TB, size int64, sector int) *Disk {
+	t.Helper()
 	Need(t, "root", "loop")
 	sweep.Do(func() { sweepLeftovers(t) })
 	d := &Disk{File: filepath.Join(memoryDir(t), "disk"), Size: size}
@@ -46,7 +52,7 @@ func NewDisk(t testing.TB, size int64) *Disk {
 	if err := errors.Join(f.Truncate(size), f.Close()); err != nil {
 		t.Fatal(err)
 	}
-	dev, err := loop.Attach(d.File, loop.Options{PartScan: true})
+	dev, err := loop.Attach(d.File, loop.Options{PartScan: true, BlockSize: sector})
 	if err != nil {
 		t.Fatal(err)
 	}
