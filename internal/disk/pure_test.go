@@ -3,9 +3,6 @@ package disk
 import (
 	"strings"
 	"testing"
-	"unsafe"
-
-	"golang.org/x/sys/unix"
 
 	"tidemark/internal/health"
 )
@@ -75,47 +72,6 @@ func TestChanged(t *testing.T) {
 	}
 	if got := Changed(base(), nil); len(got) != 1 {
 		t.Errorf("gone: %q", got)
-	}
-}
-
-func tableAnswer(params string, next uint32) []byte {
-	buf := make([]byte, dmHeader+2*dmSpec+64)
-	req := (*unix.DmIoctl)(unsafe.Pointer(&buf[0]))
-	req.Data_start, req.Target_count, req.Event_nr = uint32(dmHeader), 2, 7
-	for i, at := range []int{0, int(next)} {
-		if dmHeader+at+dmSpec+8 > len(buf) {
-			break
-		}
-		spec := unix.DmTargetSpec{Sector_start: uint64(i) * 8, Length: 8, Next: next}
-		copy(spec.Target_type[:], "linear")
-		copy(buf[dmHeader+at:], unsafe.Slice((*byte)(unsafe.Pointer(&spec)), dmSpec))
-		copy(buf[dmHeader+at+dmSpec:], params)
-	}
-	return buf
-}
-
-func parsed(buf []byte) (table, error) {
-	return parseTable(buf, (*unix.DmIoctl)(unsafe.Pointer(&buf[0])))
-}
-
-func TestParseTable(t *testing.T) {
-	a, err := parsed(tableAnswer("8:0 0", uint32(dmSpec)+8))
-	if err != nil || len(a.targets) != 1 || a.targets[0] != "linear" || a.event != 7 {
-		t.Fatalf("%+v, %v", a, err)
-	}
-	if b, _ := parsed(tableAnswer("8:0 1", uint32(dmSpec)+8)); b.digest == a.digest {
-		t.Error("another table, the same digest")
-	}
-	if _, err := parsed(tableAnswer("8:0 0", 1<<31)); err == nil {
-		t.Error("a target beyond the answer was accepted")
-	}
-}
-
-func TestEncodeDev(t *testing.T) {
-	for _, c := range []struct{ major, minor uint32 }{{8, 1}, {253, 300}, {259, 0xfffff}} {
-		if got, want := encodeDev(c.major<<20|c.minor), unix.Mkdev(c.major, c.minor); got != want {
-			t.Errorf("%d:%d: %x, want %x", c.major, c.minor, got, want)
-		}
 	}
 }
 

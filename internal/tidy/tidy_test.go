@@ -30,7 +30,6 @@ var layer = map[string][]string{
 	"internal/abi/nbd":      {},
 	"internal/abi/ublk":     {"internal/abi/ioctl"},
 	"internal/abi/fuse":     {"internal/abi/ioctl"},
-	"internal/abi/dm":       {"internal/abi/ioctl"},
 	"internal/abi/blksnap":  {"internal/abi/ioctl"},
 	"internal/abi/involflt": {"internal/abi/ioctl"},
 	"bpf":                   {},
@@ -39,10 +38,11 @@ var layer = map[string][]string{
 	"internal/uring":   {},
 	"internal/vfs":     {},
 	"internal/loop":    {"internal/block", "internal/abi/ioctl"},
-	"internal/disk":    {"internal/block", "internal/health", "internal/loop"},
+	"internal/dm":      {},
+	"internal/disk":    {"internal/block", "internal/dm", "internal/health", "internal/loop"},
 	"internal/backing": {"internal/block", "internal/uring"},
 	"internal/freeze":  {"internal/block", "internal/disk", "internal/health"},
-	"internal/splice":  {"internal/block", "internal/disk", "internal/abi/dm"},
+	"internal/splice":  {"internal/block", "internal/disk", "internal/dm"},
 
 	// The stream, from a write to a view at a point.
 	"internal/stream":   {"internal/block"},

@@ -21,6 +21,7 @@ func jobs() []job {
 		{pkg: "internal/tap", timeout: 5 * time.Minute},
 		{pkg: "internal/loop", timeout: 2 * time.Minute},
 		{pkg: "internal/disk", timeout: 2 * time.Minute},
+		{pkg: "internal/dm", timeout: time.Minute},
 		{pkg: "internal/freeze", timeout: 3 * time.Minute},
 		{pkg: "internal/front/loop", timeout: 3 * time.Minute},
 		{pkg: "internal/mount", timeout: 5 * time.Minute},
