@@ -27,7 +27,8 @@ type service struct {
 	env     *protect.Env
 	health  health.Set
 
-	mu     sync.Mutex // held while a group is made or removed
+	making sync.Mutex // one group is made at a time; a vault that hangs must not keep status waiting
+	mu     sync.Mutex // held for a moment
 	groups map[string]*protect.Group
 }
 
@@ -55,10 +56,10 @@ func (s *service) open() error {
 }
 
 func (s *service) stop() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.making.Lock() // a group that is just being made is stopped too
+	defer s.making.Unlock()
 	var all sync.WaitGroup
-	for _, g := range s.groups {
+	for _, g := range s.list() {
 		all.Go(g.Stop)
 	}
 	all.Wait()
@@ -98,13 +99,13 @@ func (s *service) Status(ctx context.Context) (api.Status, error) {
 }
 
 func (s *service) Protect(ctx context.Context, r api.ProtectRequest) (api.Group, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.making.Lock()
+	defer s.making.Unlock()
 	var others []*protect.Config
-	for _, g := range s.groups {
+	for _, g := range s.list() {
 		others = append(others, g.Config())
 	}
-	if _, ok := s.groups[r.Name]; ok {
+	if _, err := s.find(r.Name); err == nil {
 		return api.Group{}, &api.Error{Code: api.CodeInUse, Message: fmt.Sprintf("group %s is protected already", r.Name), Remedy: "Give another --name, or unprotect it first."}
 	}
 	g, err := protect.Create(ctx, s.env, protect.Request{Name: r.Name, Vault: r.Vault, Devices: r.Devices, Settings: protect.Settings{
@@ -114,7 +115,9 @@ func (s *service) Protect(ctx context.Context, r api.ProtectRequest) (api.Group,
 	if err != nil {
 		return api.Group{}, coded(err)
 	}
+	s.mu.Lock()
 	s.groups[g.Config().Name] = g
+	s.mu.Unlock()
 	return groupOf(g.Status(ctx)), nil
 }
 

@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -108,15 +107,16 @@ func configure(env *Env, r Request, others []*Config) (*Config, error) {
 		return nil, fmt.Errorf("no device was named: %w", ErrSettings)
 	}
 	var infos []*disk.Info
+	taken := disksOf(others)
 	for _, dev := range r.Devices {
 		i, err := disk.Inspect(dev)
 		if err != nil {
 			return nil, err
 		}
-		if err := admit(env, i, r, append(slices.Clone(infos), disksOf(others)...)); err != nil {
+		if err := admit(env, i, r, taken); err != nil {
 			return nil, err
 		}
-		infos = append(infos, i)
+		infos, taken = append(infos, i), append(taken, occupied{i, ""})
 		cfg.Disks = append(cfg.Disks, DiskConfig{Name: i.Name, Path: i.Path, Identity: i.Identity, Size: i.Size, SectorSize: i.LogicalSector, BlockSize: blockSize(i.Size)})
 	}
 	if cfg.Name == "" {
@@ -128,12 +128,18 @@ func configure(env *Env, r Request, others []*Config) (*Config, error) {
 	return cfg, vault.CheckName(cfg.Name)
 }
 
-func disksOf(groups []*Config) []*disk.Info {
-	var out []*disk.Info
+// occupied is a disk that a new one must not lie in one stack with.
+type occupied struct {
+	*disk.Info
+	group string // empty: the new disk's own
+}
+
+func disksOf(groups []*Config) []occupied {
+	var out []occupied
 	for _, g := range groups {
 		for _, d := range g.Disks {
 			if i, err := find(d); err == nil {
-				out = append(out, i)
+				out = append(out, occupied{i, g.Name})
 			}
 		}
 	}
@@ -141,7 +147,7 @@ func disksOf(groups []*Config) []*disk.Info {
 }
 
 // admit refuses what cannot be tapped, or not beside the others.
-func admit(env *Env, i *disk.Info, r Request, others []*disk.Info) error {
+func admit(env *Env, i *disk.Info, r Request, others []occupied) error {
 	refusals := disk.TapRefusals(i)
 	if c := disk.HoldsRefusal(i, env.StateDir, vaultFolder(r.Vault)); c != nil {
 		refusals = append(refusals, *c)
@@ -153,7 +159,15 @@ func admit(env *Env, i *disk.Info, r Request, others []*disk.Info) error {
 		return fmt.Errorf("%w: %s [%s]\n  %s", ErrRefused, c.Detail, c.Code, c.Remedy)
 	}
 	for _, o := range others {
-		if disk.Related(i, o) {
+		if !disk.Related(i, o.Info) {
+			continue
+		}
+		switch {
+		case o.group != "" && i.Path == o.Path:
+			return fmt.Errorf("%s is protected already, by group %s: %w", i.Path, o.group, ErrInUse)
+		case o.group != "":
+			return fmt.Errorf("%s lies in one stack with %s, which group %s protects: %w", i.Path, o.Path, o.group, ErrInUse)
+		default:
 			return fmt.Errorf("%s and %s are one disk, or lie in one stack: protect it once: %w", i.Path, o.Path, ErrInUse)
 		}
 	}
@@ -222,6 +236,10 @@ func (g *Group) start(s *session) {
 	if s != nil {
 		g.live.Store(s)
 	}
+	if s == nil {
+		g.health.Raise(health.Condition{Code: "opening", Severity: health.Info, Subject: g.cfg.Name,
+			Detail: "The group is being opened: its disks, its vault and its tap are looked at. Capture goes on in the kernel meanwhile."})
+	}
 	go func() {
 		defer close(g.done)
 		for ctx.Err() == nil {
@@ -254,6 +272,7 @@ func (g *Group) fail(err error) {
 	g.mu.Lock()
 	g.failed = err
 	g.mu.Unlock()
+	g.health.Clear("opening", g.cfg.Name)
 	if err == nil {
 		g.health.Clear("offline", g.cfg.Name)
 		return
@@ -271,7 +290,26 @@ func (g *Group) offlineError() error {
 	if g.failed != nil {
 		return fmt.Errorf("%w: %w", ErrOffline, g.failed)
 	}
-	return ErrOffline
+	return fmt.Errorf("%w: it is being opened; try again in a moment", ErrOffline)
+}
+
+// opened gives the session, after waiting for one that is just being opened.
+func (g *Group) opened(ctx context.Context) *session {
+	for {
+		g.mu.Lock()
+		failed := g.failed
+		g.mu.Unlock()
+		if s := g.current(); s != nil || failed != nil {
+			return s
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-g.done:
+			return nil
+		case <-time.After(tick):
+		}
+	}
 }
 
 // Config is what the group was made with; it is not to be changed.
@@ -287,7 +325,11 @@ func (g *Group) Stop() {
 // everything else of the group on this machine. The vault stays. With abandon
 // it does not wait for the vault.
 func (g *Group) Unprotect(ctx context.Context, abandon bool) error {
-	if s := g.current(); s != nil && !abandon {
+	s := g.current()
+	if s == nil && !abandon {
+		s = g.opened(ctx)
+	}
+	if s != nil && !abandon {
 		err := s.ask(ctx, func() error {
 			if err := s.pump(); err != nil {
 				return err
