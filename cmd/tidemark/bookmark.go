@@ -26,7 +26,6 @@ func newBookmark() *cobra.Command {
 
 A bookmark that cannot have what was asked fails; it is never weakened.`,
 		Example: "  tidemark bookmark sdb before-upgrade\n  tidemark bookmark db nightly --consistency filesystem",
-		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req := api.BookmarkRequest{Name: args[1]}
 			if err := req.Consistency.UnmarshalText([]byte(consistency)); err != nil {

@@ -18,7 +18,6 @@ func newDaemon() *cobra.Command {
 		Long: `Watches over the groups and answers on its socket. Ending it, in whatever way, does
 not end the capture: that goes on in the kernel, and the next daemon takes over.`,
 		Example: "  tidemark daemon --state /var/lib/tidemark",
-		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var h slog.Handler = slog.NewTextHandler(os.Stderr, nil)
 			if asJSON {

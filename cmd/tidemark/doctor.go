@@ -32,7 +32,6 @@ func newDoctor() *cobra.Command {
 can be had here, why not, and what to do about it. Also finds taps that nobody
 owns any more; --fix removes them.`,
 		Example: "  tidemark doctor /dev/sdb\n  tidemark doctor --fix",
-		Args:    cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			d, err := diagnose(args, places)
 			if err != nil {
@@ -83,17 +82,17 @@ func printDiagnosis(out io.Writer, d diagnosis, fixed bool) {
 	if d.Device != nil {
 		i := d.Device.Device
 		fmt.Fprintf(out, "%s: %s, %s, %s\n", i.Path, i.Kind, formatSize(i.Size), i.Identity)
-		t := newTable("way in", "", "why not", "what to do")
+		var ways []table.Row
 		for _, w := range d.Device.Ways {
-			t.AppendRow(table.Row{w.Way, w.Answer, w.Reason, w.Remedy})
+			ways = append(ways, table.Row{w.Way, w.Answer, w.Reason, w.Remedy})
 		}
-		fmt.Fprintln(out, t.Render())
+		printTable(out, table.Row{"way in", "", "why not", "what to do"}, ways)
 	}
-	t := newTable("this machine has", "", "why not", "what to do")
+	var checks []table.Row
 	for _, c := range d.Checks {
-		t.AppendRow(table.Row{c.What, c.Answer, c.Reason, c.Remedy})
+		checks = append(checks, table.Row{c.What, c.Answer, c.Reason, c.Remedy})
 	}
-	fmt.Fprintln(out, t.Render())
+	printTable(out, table.Row{"this machine has", "", "why not", "what to do"}, checks)
 	for _, p := range d.Pins {
 		what := "tap"
 		if p.Orphan {
@@ -106,16 +105,4 @@ func printDiagnosis(out io.Writer, d diagnosis, fixed bool) {
 			fmt.Fprintf(out, "tidemark doctor --fix would: %s\n", f.Action)
 		}
 	}
-}
-
-func newTable(columns ...any) table.Writer {
-	t := table.NewWriter()
-	t.SetStyle(table.StyleLight)
-	t.AppendHeader(columns)
-	var wrap []table.ColumnConfig
-	for i := range columns {
-		wrap = append(wrap, table.ColumnConfig{Number: i + 1, WidthMax: 60})
-	}
-	t.SetColumnConfigs(wrap)
-	return t
 }

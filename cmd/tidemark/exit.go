@@ -3,6 +3,9 @@ package main
 import (
 	"context"
 	"errors"
+	"io/fs"
+
+	"golang.org/x/sys/unix"
 
 	"tidemark/internal/control/api"
 	"tidemark/internal/daemon"
@@ -16,21 +19,37 @@ import (
 	"tidemark/internal/vault"
 )
 
-// Exit codes; docs/operating.md lists them. They are never given another meaning.
+// Exit codes. They are never given another meaning.
 const (
 	exitOK          = 0
-	exitFailure     = 1   // anything without a code of its own
-	exitUsage       = 2   // wrong arguments
-	exitNoDaemon    = 3   // no daemon answers
-	exitNotFound    = 4   // no such group, disk, device or point
-	exitRefused     = 5   // refused to protect somebody's data, or impossible here
-	exitNotAVault   = 6   // the place is not a vault
-	exitDamaged     = 7   // stored data is not what was written
-	exitInsideGap   = 8   // there is no consistent point there
-	exitInUse       = 9   // somebody else has it
-	exitUnreachable = 10  // vault, disk or ring is away or full: try again later
-	exitInterrupted = 130 // by a signal
+	exitFailure     = 1
+	exitUsage       = 2
+	exitNoDaemon    = 3
+	exitNotFound    = 4
+	exitRefused     = 5
+	exitNotAVault   = 6
+	exitDamaged     = 7
+	exitInsideGap   = 8
+	exitInUse       = 9
+	exitUnreachable = 10
+	exitInterrupted = 130
 )
+
+// exitMeanings is the table in docs/operating.md; a test holds the two together.
+var exitMeanings = map[int]string{
+	exitOK:          "done",
+	exitFailure:     "failed in a way without a code of its own",
+	exitUsage:       "wrong usage: an argument or flag is missing, unknown or out of bounds; nothing was changed",
+	exitNoDaemon:    "no daemon answers",
+	exitNotFound:    "no such group, disk, device, file or point",
+	exitRefused:     "refused, to protect somebody's data or for want of permission, or impossible here",
+	exitNotAVault:   "not a vault",
+	exitDamaged:     "damaged, or different from the disk",
+	exitInsideGap:   "inside a gap: there is no consistent point",
+	exitInUse:       "in use: by another daemon, group, mount or freeze",
+	exitUnreachable: "vault, disk or ring is away or full: try again",
+	exitInterrupted: "interrupted by a signal",
+}
 
 // usageError is wrong usage of the command line.
 type usageError struct{ error }
@@ -65,7 +84,10 @@ func exitCode(ctx context.Context, err error) int {
 		{restore.ErrInUse, exitInUse}, {restore.ErrProtected, exitInUse}, {restore.ErrTooSmall, exitRefused},
 		{restore.ErrNotEmpty, exitRefused}, {restore.ErrDirectory, exitRefused}, {restore.ErrKind, exitRefused}, {restore.ErrVault, exitRefused},
 		{mount.ErrNoFileSystem, exitNotFound}, {mount.ErrPartition, exitUsage}, {mount.ErrSameFS, exitInUse}, {mount.ErrDir, exitUsage},
-		{vault.ErrUnreachable, exitUnreachable}, {daemon.ErrRunning, exitInUse}, {nbd.ErrURI, exitUsage}, {nbd.ErrSocketInUse, exitInUse},
+		{vault.ErrUnreachable, exitUnreachable}, {daemon.ErrRunning, exitInUse}, {daemon.ErrState, exitRefused}, {daemon.ErrSocket, exitRefused},
+		{nbd.ErrURI, exitUsage}, {nbd.ErrSocketInUse, exitInUse},
+		// Last, what the kernel says of a path that nothing above has a word for.
+		{unix.ENOSPC, exitUnreachable}, {fs.ErrNotExist, exitNotFound}, {fs.ErrPermission, exitRefused},
 	} {
 		if errors.Is(err, c.is) {
 			return c.code

@@ -24,7 +24,6 @@ Listens on a unix socket or on loopback.`,
 		Example: `  tidemark export --vault /backup/vault sdb --at latest --nbd 'nbd+unix:///sdb?socket=/run/sdb.sock'
   tidemark export --vault /backup/vault sdb --at before-upgrade --nbd nbd://127.0.0.1:10809/sdb
   qemu-img convert nbd://127.0.0.1:10809/sdb sdb.qcow2`,
-		Args: cobra.ExactArgs(1),
 	}
 	point := addPointFlags(cmd)
 	cmd.Flags().StringVar(&uri, "nbd", "", "nbd://127.0.0.1:PORT/NAME or nbd+unix:///NAME?socket=PATH")

@@ -9,6 +9,8 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -39,7 +41,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitOK
 	}
 	code := exitCode(ctx, err)
-	if jsonAsked(root) {
+	if slices.Contains(args, "--json") {
 		_ = json.NewEncoder(stderr).Encode(map[string]any{"message_type": "exit_error", "code": code, "message": err.Error()})
 	} else {
 		fmt.Fprintf(stderr, "tidemark: %v\n", err)
@@ -63,10 +65,11 @@ A first round trip:
 		Version:       version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          cobra.NoArgs,
+		Args:          unknownVerb,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return cmd.Help()
 		},
+		SuggestionsMinimumDistance: 2,
 	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w\n  See: %s --help", err, cmd.CommandPath())}
@@ -74,28 +77,11 @@ A first round trip:
 	root.AddCommand(newDaemon(), newProtect(), newUnprotect(), newStatus(), newBookmark(), newPoints(),
 		newRestore(), newExport(), newMount(), newVerify(), newDoctor(), newMan(), newMountServe())
 	for _, c := range root.Commands() {
-		if c.Args != nil {
-			c.Args = usageArgs(c.Args)
+		c.Args, c.PreRunE, c.DisableFlagsInUseLine = checkArguments, checkRequired, true
+		if want := positionals(c.Use); len(want) > 0 && strings.Trim(want[0], "[]") == "GROUP" {
+			c.ValidArgsFunction = completeGroups
 		}
 	}
+	addHelpers(root)
 	return root
-}
-
-// usageArgs gives wrong arguments the exit code of wrong usage.
-func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
-			return usageError{fmt.Errorf("%w\n  Usage: %s", err, cmd.UseLine())}
-		}
-		return nil
-	}
-}
-
-func jsonAsked(root *cobra.Command) bool {
-	cmd, _, err := root.Find(os.Args[1:])
-	if err != nil {
-		return false
-	}
-	f := cmd.Flags().Lookup("json")
-	return f != nil && f.Value.String() == "true"
 }

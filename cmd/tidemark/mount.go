@@ -28,7 +28,6 @@ func newMount() *cobra.Command {
 journal is replayed into scratch space, which umount throws away; the vault is
 never changed. It returns when the tree is there. umount ends it.`,
 		Example: "  tidemark mount --vault /backup/vault sdb --at before-upgrade /mnt\n  umount /mnt",
-		Args:    cobra.ExactArgs(2),
 	}
 	point := addPointFlags(cmd)
 	f := cmd.Flags()
@@ -68,7 +67,7 @@ never changed. It returns when the tree is there. umount ends it.`,
 // newMountServe is what mount starts in the background.
 func newMountServe() *cobra.Command {
 	return &cobra.Command{
-		Use: "mount-serve", Hidden: true, Args: cobra.NoArgs,
+		Use: "mount-serve", Hidden: true,
 		RunE: func(*cobra.Command, []string) error { return mount.ServeMain(openSpec, scratchOver) },
 	}
 }

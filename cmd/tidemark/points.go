@@ -31,7 +31,6 @@ func newPoints() *cobra.Command {
 run of positions. Every position in between can be recovered too, as seq:N, and
 every moment by its time. Needs no daemon.`,
 		Example: "  tidemark points --vault /backup/vault sdb",
-		Args:    cobra.MaximumNArgs(1),
 	}
 	where := vaultFlag(cmd)
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
@@ -72,11 +71,9 @@ func printPoints(cmd *cobra.Command, rows []pointRow) {
 		fmt.Fprintln(cmd.OutOrStdout(), "There is no consistent point yet.")
 		return
 	}
-	t := table.NewWriter()
-	t.SetStyle(table.StyleLight)
-	t.AppendHeader(table.Row{"group", "stretch", "position", "time", "bookmark", "consistency"})
+	var lines []table.Row
 	for _, r := range rows {
-		t.AppendRow(table.Row{r.Group, r.Stretch, r.Position, r.Time.Format(time.RFC3339Nano), r.Bookmark, r.Consistency})
+		lines = append(lines, table.Row{r.Group, r.Stretch, r.Position, r.Time.Format(time.RFC3339Nano), r.Bookmark, r.Consistency})
 	}
-	fmt.Fprintln(cmd.OutOrStdout(), t.Render())
+	printTable(cmd.OutOrStdout(), table.Row{"group", "stretch", "position", "time", "bookmark", "consistency"}, lines)
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
+	"golang.org/x/sys/unix"
 )
 
 // progress shows long work: a bar on a terminal, JSON lines when asked, nothing otherwise.
@@ -33,8 +34,8 @@ func newProgress(out io.Writer, what string, asJSON bool) *progress {
 }
 
 func isTerminal(f *os.File) bool {
-	st, err := f.Stat()
-	return err == nil && st.Mode()&os.ModeCharDevice != 0 && os.Getenv("TERM") != "dumb"
+	_, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+	return err == nil && os.Getenv("TERM") != "dumb"
 }
 
 // Set says how many bytes of how many are done.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -33,7 +34,6 @@ Where the vault already holds a history of the same disks under this name, the
 history goes on: only what differs is copied.`,
 		Example: `  tidemark protect --vault /backup/vault --wait /dev/sdb
   tidemark protect --vault /backup/vault --name db /dev/vg/data /dev/vg/log`,
-		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			for _, size := range []struct {
 				flag, text string
@@ -45,8 +45,14 @@ history goes on: only what differs is copied.`,
 				}
 				*size.into = n
 			}
+			if cmd.Flags().Changed("seal-every") && seal < time.Millisecond {
+				return usageError{fmt.Errorf("--seal-every: %v: want 10ms to 1m", seal)}
+			}
 			req.SealMillis = seal.Milliseconds()
 			var err error
+			if req.HookDir, err = hookFolder(req.HookDir); err != nil {
+				return usageError{err}
+			}
 			if req.Vault, err = absoluteVault(req.Vault); err != nil {
 				return err
 			}
@@ -92,6 +98,17 @@ history goes on: only what differs is copied.`,
 	_ = cmd.MarkFlagRequired("vault")
 	_ = f.MarkHidden("metadata-only")
 	return cmd
+}
+
+// hookFolder makes the folder's name absolute, as the daemon has a working directory of its own.
+func hookFolder(dir string) (string, error) {
+	if dir == "" {
+		return "", nil
+	}
+	if st, err := os.Stat(dir); err != nil || !st.IsDir() {
+		return "", fmt.Errorf("--hook-dir: %s is not a folder", dir)
+	}
+	return filepath.Abs(dir)
 }
 
 func socketFlagOf(cmd *cobra.Command) *string {

@@ -25,7 +25,6 @@ no daemon. A target that is mounted, in use, protected or too small is refused
 always; one that is not empty, without --force.`,
 		Example: `  tidemark restore --vault /backup/vault sdb --at before-upgrade --to /dev/sdc
   tidemark restore --vault /backup/vault sdb --at 2026-11-20T10:32:05Z --to sdb.img`,
-		Args: cobra.ExactArgs(1),
 	}
 	point := addPointFlags(cmd)
 	cmd.Flags().StringVar(&to, "to", "", "block device or file to write")

@@ -19,7 +19,6 @@ func newStatus() *cobra.Command {
 		Use:     "status [GROUP]",
 		Short:   "Show what is protected, since when, and what is wrong",
 		Example: "  tidemark status --watch\n  tidemark status db --json",
-		Args:    cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			client, out := dial(socketFlagOf(cmd)), cmd.OutOrStdout()
 			for {
@@ -80,13 +79,11 @@ func printGroup(out io.Writer, g api.Group) {
 	}
 	fmt.Fprintf(out, "  captured    position %d, durable %d, lag %.1f s\n", g.CapturedPosition, g.DurablePosition, g.LagSeconds)
 	fmt.Fprintf(out, "  queues      ring %s of %s, spool %s\n", formatSize(g.RingUsedBytes), formatSize(g.RingBytes), formatSize(g.SpoolBytes))
-	t := table.NewWriter()
-	t.SetStyle(table.StyleLight)
-	t.AppendHeader(table.Row{"disk", "device", "size", "to fill", "writes", "captured", "identity"})
+	var rows []table.Row
 	for _, d := range g.Disks {
-		t.AppendRow(table.Row{d.Name, d.Device, formatSize(d.SizeBytes), percent(d.GapBytes, d.SizeBytes), d.Writes, formatSize(int64(d.WrittenBytes)), d.Identity})
+		rows = append(rows, table.Row{d.Name, d.Device, formatSize(d.SizeBytes), percent(d.GapBytes, d.SizeBytes), d.Writes, formatSize(int64(d.WrittenBytes)), d.Identity})
 	}
-	fmt.Fprintln(out, t.Render())
+	printTable(out, table.Row{"disk", "device", "size", "to fill", "writes", "captured", "identity"}, rows)
 	printConditions(out, g.Conditions)
 }
 

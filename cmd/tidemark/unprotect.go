@@ -14,7 +14,6 @@ func newUnprotect() *cobra.Command {
 		Long: `Waits until all that was captured is in the vault, then removes the tap, its pins
 and the spool. The vault and every point in it stay.`,
 		Example: "  tidemark unprotect sdb",
-		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := dial(socketFlagOf(cmd)).Unprotect(cmd.Context(), args[0], abandon); err != nil {
 				return err

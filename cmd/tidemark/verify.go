@@ -19,7 +19,6 @@ func newVerify() *cobra.Command {
 named by group, disk, range and the points that it spoils. With --live the
 daemon also compares the vault with the disks themselves.`,
 		Example: "  tidemark verify --vault /backup/vault\n  tidemark verify --vault /backup/vault sdb --live",
-		Args:    cobra.MaximumNArgs(1),
 	}
 	where := vaultFlag(cmd)
 	socketFlag(cmd)

@@ -35,8 +35,12 @@ type Config struct {
 	Log      *slog.Logger
 }
 
-// ErrRunning: another daemon has the state folder or the socket.
-var ErrRunning = errors.New("another daemon is running")
+// What keeps a daemon from starting.
+var (
+	ErrRunning = errors.New("another daemon is running")
+	ErrState   = errors.New("the state folder cannot be used")
+	ErrSocket  = errors.New("the socket cannot be made")
+)
 
 // Run runs the daemon until ctx ends. It shuts down in this order:
 //  1. the socket takes no new requests, and those under way get a moment;
@@ -91,17 +95,29 @@ func Run(ctx context.Context, cfg Config) (err error) {
 // openState makes the state folder and takes the right to it.
 func openState(dir string) (*os.File, error) {
 	if err := os.MkdirAll(filepath.Join(dir, "groups"), 0o700); err != nil {
-		return nil, fmt.Errorf("state folder: %w", err)
+		return nil, unusable(err)
 	}
 	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("state folder: %w", err)
+		return nil, unusable(err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("the state folder %s is in use: %w\n  Give this one another --state and --socket.", dir, ErrRunning)
 	}
 	return f, nil
+}
+
+// unusable says what to do about a state folder that cannot be written to.
+func unusable(err error) error {
+	remedy := "Give a folder that can be written to with --state."
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		remedy = "Make room there, or give another folder with --state."
+	case errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0:
+		remedy = "Run as root, or give a folder of your own with --state (without root no disk can be tapped)."
+	}
+	return fmt.Errorf("%w: %w\n  %s", ErrState, err, remedy)
 }
 
 // instanceID names this daemon's pins; it is kept in the state folder.
@@ -122,37 +138,68 @@ func instanceID(dir string) (string, error) {
 		return "", err
 	}
 	id := hex.EncodeToString(raw[:])
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return "", err
+	if err := writeWhole(path, id+"\n"); err != nil {
+		return "", unusable(err)
 	}
-	_, err = f.WriteString(id + "\n")
-	return id, errors.Join(err, f.Sync(), f.Close())
+	return id, nil
+}
+
+// writeWhole makes a small file durable, whole or not at all.
+func writeWhole(path, text string) error {
+	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(path+".new"))
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // listen replaces a socket that nobody answers on any more.
 func listen(path string) (net.Listener, error) {
+	const remedy = "Name another with --socket."
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("socket: %w", err)
+		return nil, fmt.Errorf("%w: %w\n  %s", ErrSocket, err, remedy)
 	}
 	if st, err := os.Lstat(path); err == nil {
 		if st.Mode()&fs.ModeSocket == 0 {
-			return nil, fmt.Errorf("%s is there and is no socket: name another with --socket", path)
+			return nil, fmt.Errorf("%w: %s is there and is no socket\n  %s", ErrSocket, path, remedy)
 		}
 		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
 			c.Close()
-			return nil, fmt.Errorf("%s is answered by another daemon: %w", path, ErrRunning)
+			return nil, fmt.Errorf("%w and answers at %s\n  %s", ErrRunning, path, remedy)
 		}
 		if err := os.Remove(path); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%w: %w\n  %s", ErrSocket, err, remedy)
 		}
+	}
+	if len(path) >= len(unix.RawSockaddrUnix{}.Path) {
+		return nil, fmt.Errorf("%w: %s has %d bytes, and a socket's name at most %d\n  %s", ErrSocket, path, len(path), len(unix.RawSockaddrUnix{}.Path)-1, remedy)
 	}
 	old := unix.Umask(0o177)
 	defer unix.Umask(old)
-	return net.Listen("unix", path)
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w\n  %s", ErrSocket, err, remedy)
+	}
+	return l, nil
 }
 
+// checkState raises what is wrong with where and as whom the daemon runs.
 func (s *service) checkState() {
+	if os.Geteuid() != 0 {
+		s.health.Raise(health.Condition{Code: "not-root", Severity: health.Warning, Detail: "The daemon does not run as root: it can tap no disk.",
+			Remedy: "Start it as root."})
+	}
 	var st unix.Statfs_t
 	if unix.Statfs(s.env.StateDir, &st) == nil && st.Type == unix.TMPFS_MAGIC {
 		s.health.Raise(health.Condition{Code: "state-in-memory", Severity: health.Warning, Detail: "The state folder " + s.env.StateDir + " is in memory: groups and what waits for the vault are forgotten by a reboot.",

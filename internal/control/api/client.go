@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
@@ -71,6 +72,9 @@ func call[T any](ctx context.Context, c *Client, method, path string, body any) 
 	resp, err := c.http.Do(req)
 	if err != nil {
 		var op *net.OpError
+		if errors.Is(err, fs.ErrPermission) {
+			return out, &Error{Code: CodeRefused, Message: fmt.Sprintf("the socket %s is not for this user: %v", c.socket, fs.ErrPermission), Remedy: "Run as root.", err: err}
+		}
 		if errors.As(err, &op) && op.Op == "dial" {
 			return out, &Error{Code: CodeNoDaemon, Message: fmt.Sprintf("no daemon answers at %s: %v", c.socket, op.Err),
 				Remedy: "Start one with: tidemark daemon (or name its socket with --socket or TIDEMARK_SOCKET).", err: err}
