@@ -22,6 +22,7 @@ func jobs() []job {
 		{pkg: "internal/loop", timeout: 2 * time.Minute},
 		{pkg: "internal/disk", timeout: 2 * time.Minute},
 		{pkg: "internal/dm", timeout: time.Minute},
+		{pkg: "internal/splice", timeout: 2 * time.Minute},
 		{pkg: "internal/freeze", timeout: 3 * time.Minute},
 		{pkg: "internal/front/loop", timeout: 3 * time.Minute},
 		{pkg: "internal/mount", timeout: 5 * time.Minute},
