@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -46,6 +47,7 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 		return nil, err
 	}
 	s = &session{cfg: cfg, settings: settings, stateDir: env.StateDir, log: env.Log, health: h, waiters: map[uint64]*waiter{}, names: map[string]bool{},
+		tokens:   rand.Uint64(), // the ring may hold bookmarks of a daemon before this one
 		requests: make(chan request), over: make(chan struct{}), builder: segment.NewBuilder(settings.SegmentBytes)}
 	var undo []func() error
 	defer func() {

@@ -32,6 +32,9 @@ type waiter struct {
 // what was asked of it.
 func (s *session) takeBookmark(r *tap.Record) error {
 	w := s.waiters[r.Token]
+	if w != nil && w.name != r.Name {
+		w = nil // an earlier daemon's, that had the same token
+	}
 	if r.Consistency != stream.Crash {
 		if w == nil {
 			return nil // its daemon died before it knew whether the freeze held
@@ -51,7 +54,7 @@ func (s *session) takeBookmark(r *tap.Record) error {
 		s.answer(w, fmt.Errorf("bookmark %q fell into an open gap: %w", r.Name, ErrInsideGap))
 		return nil
 	}
-	if s.names[r.Name] && w != nil {
+	if s.names[r.Name] { // also where nobody waits: of two that a daemon's death left in the ring, one counts
 		s.answer(w, fmt.Errorf("bookmark %q: %w", r.Name, ErrBookmarkExists))
 		return nil
 	}
