@@ -119,13 +119,13 @@ func TestUnderLoad(t *testing.T) {
 			})
 			upper := upperOf(t, c, s, lower)
 			load := exec.CommandContext(t.Context(), "fio", "--name=x", "--directory="+dir, "--size=24M", "--numjobs=2", "--rw=randwrite", "--bs=4k", "--iodepth=8",
-				"--ioengine=libaio", "--direct=1", "--verify=crc32c", "--do_verify=1", "--time_based", "--runtime=12", "--error_dump=1")
+				"--ioengine=libaio", "--direct=1", "--verify=crc32c", "--do_verify=1", "--time_based", "--runtime=4", "--error_dump=1")
 			out := new(strings.Builder)
 			load.Stdout, load.Stderr = out, out
 			if err := load.Start(); err != nil {
 				t.Fatal(err)
 			}
-			for range 10 {
+			for range 5 {
 				if err := s.In(c, upper.Major, upper.Minor); err != nil {
 					t.Fatal(err)
 				}
