@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -16,7 +17,10 @@ import (
 	"tidemark/internal/testkit/program"
 )
 
-const mib = 1 << 20
+const (
+	mib      = 1 << 20
+	patience = time.Minute // for what takes milliseconds on a machine with nothing else to do
+)
 
 // eachSeed runs a test with seeds of its own: one, or as many as TIDEMARK_SEEDS
 // says, or the one of TIDEMARK_SEED. A failure names its seed.
@@ -190,4 +194,14 @@ func pinned(t testing.TB, d *program.Daemon, group string) []string {
 		t.Fatal(err)
 	}
 	return found
+}
+
+// discard gives a range of a disk up, as blkdiscard does.
+func discard(f *os.File, off, n int64) error {
+	const blkDiscard = 0x1277
+	r := [2]uint64{uint64(off), uint64(n)}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), blkDiscard, uintptr(unsafe.Pointer(&r))); errno != 0 {
+		return fmt.Errorf("discarding %d bytes at %d: %w", n, off, errno)
+	}
+	return nil
 }
