@@ -5,13 +5,16 @@
 // What makes a point: see internal/stream. A position is offered only inside a
 // stretch, and only if every segment up to it is sound; damage later in the
 // history spoils nothing before it.
+//
+// Load goes through all indexes once and keeps what it needs to name points:
+// memory in proportion to segments, gaps and bookmarks. A view goes through
+// those up to its point again and keeps what its disk was made of then.
 package timeline
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"sort"
 	"time"
 
 	"tidemark/internal/block"
@@ -50,161 +53,219 @@ type Stretch struct {
 	First, Last stream.Position
 }
 
-// Point is a moment that can be recovered.
-type Point struct {
-	Position    stream.Position
-	Time        time.Time
-	Bookmark    string
-	Consistency stream.Consistency
-	Stretch     int // number of the stretch it lies in, from 1
+// stretch is one with what a view in it must read.
+type stretch struct {
+	Stretch
+	start, end time.Time
+	settled    int // number of the segment with its settled mark, in refs
 }
 
-// item is a write or fill of one disk, as little of it as a view needs.
-type item struct {
-	off, len int64
-	pos      stream.Position
-	at       uint64 // of the payload
-	base     stream.Position
-	segment  int32
-	kind     itemKind
-	fill     bool
+// span is what a segment says of positions and times.
+type span struct {
+	first, last       stream.Position // of the records that take positions; 0 where it has none
+	firstTime, latest int64
 }
 
-type itemKind uint8
-
-const (
-	isData itemKind = iota
-	isZero
-	isUndefined
-	isSame
-)
-
-type moment struct {
-	pos  stream.Position
-	time int64
-}
-
-// History is a group's history as its indexes tell it. It is not changed after Load.
+// History is a group's history as its indexes tell it. It is not changed after
+// Load; its methods may be called concurrently.
 type History struct {
 	group   string
 	vault   *vault.Vault
-	refs    []vault.Ref
+	refs    []vault.Ref // of the segments that were read, without duplicates
+	spans   []span      // of each
 	header  segment.Header
 	last    segment.Summary
-	disks   [][]item // in stream order
-	moments []moment
 	marks   []Point
-	stretch []Stretch
+	stretch []stretch
 	unknown []block.Set
 	open    bool // the last stretch goes on
 	damage  *DamagedError
 	newest  stream.Position
+	time    int64           // of newest
+	valid   stream.Position // largest ValidFrom since the newest gap
 }
 
-// Load reads the indexes of a group's segments. Objects that are damaged or
-// missing are no error here, but spoil the points that need them.
+// Load reads the indexes of a group's segments. Objects that are damaged,
+// missing or under a wrong name are no error here, but spoil the points that
+// need them.
 func Load(ctx context.Context, v *vault.Vault, group string) (*History, error) {
-	refs, err := v.Segments(ctx, group)
+	refs, strays, err := v.Contents(ctx, group)
 	if err != nil {
 		return nil, err
 	}
-	h := &History{group: group, vault: v, refs: refs}
-	for i, ref := range refs {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		if want := uint64(i + 1); ref.Sequence != want {
-			h.spoil(fmt.Errorf("segment %d is missing: %w", want, segment.ErrDamaged))
-			break
-		}
-		o, err := v.OpenSegment(ctx, group, ref)
-		if err == nil {
-			err = h.chain(o)
-			if err == nil {
-				h.read(i, o)
-			}
-			o.Close()
-		}
-		if errors.Is(err, segment.ErrDamaged) {
-			h.spoil(err)
-			break
-		}
-		if err != nil {
+	h := &History{group: group, vault: v}
+	if err := h.load(ctx, refs); err != nil {
+		return nil, err
+	}
+	if h.damage == nil {
+		if err := h.lost(ctx, strays); err != nil {
 			return nil, err
 		}
 	}
-	if h.open {
-		h.stretch[len(h.stretch)-1].Last = h.newest
-	}
-	if h.damage != nil && len(h.stretch) > 0 {
-		h.damage.Newest = h.stretch[len(h.stretch)-1].Last
+	if err := h.finish(ctx); err != nil {
+		return nil, err
 	}
 	return h, nil
+}
+
+func (h *History) load(ctx context.Context, refs []vault.Ref) error {
+	return eachSegment(ctx, h.vault, h.group, refs, func(i int, o *vault.Object, err error) (bool, error) {
+		if next := h.last.Sequence + 1; refs[i].Sequence > next {
+			h.spoil(fmt.Errorf("segment %d is missing: %w", next, segment.ErrDamaged))
+			return false, nil
+		}
+		if err == nil {
+			err = h.chain(o)
+		}
+		switch {
+		case err == nil:
+			if err := h.sound(o); err != nil {
+				h.spoil(err)
+				return false, nil
+			}
+			h.refs = append(h.refs, refs[i])
+			h.read(o)
+			return true, nil
+		case !errors.Is(err, segment.ErrDamaged):
+			return false, err
+		case refs[i].Sequence <= h.last.Sequence, i+1 < len(refs) && refs[i+1].Sequence == refs[i].Sequence:
+			return true, nil // another object holds this segment; Verify names this one
+		}
+		h.spoil(err)
+		return false, nil
+	})
+}
+
+// lost looks whether an object under a wrong name goes on where the history ends.
+func (h *History) lost(ctx context.Context, strays []string) error {
+	for _, name := range strays {
+		sum, err := h.vault.Stray(ctx, h.group, name)
+		switch {
+		case errors.Is(err, segment.ErrDamaged) || errors.Is(err, segment.ErrVersion): // it is nothing of ours
+		case err != nil:
+			return err
+		case sum.Sequence > h.last.Sequence:
+			h.spoil(fmt.Errorf("object %s is segment %d under a wrong name: %w", name, sum.Sequence, segment.ErrDamaged))
+			return nil
+		}
+	}
+	return nil
+}
+
+// finish ends the last stretch, and finds when each began.
+func (h *History) finish(ctx context.Context) error {
+	h.close(h.newest, h.time)
+	if h.damage != nil {
+		h.damage.Newest = h.before(h.damage.From)
+	}
+	for i := range h.stretch {
+		st := &h.stretch[i]
+		var err error
+		if st.start, err = h.timeOf(ctx, st.First); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (h *History) spoil(err error) {
 	h.damage = &DamagedError{Group: h.group, From: h.newest + 1, Err: err}
 }
 
+// before is the newest point before a position; 0 if there is none.
+func (h *History) before(p stream.Position) (newest stream.Position) {
+	for _, st := range h.stretch {
+		if st.First < p {
+			newest = min(st.Last, p-1)
+		}
+	}
+	return newest
+}
+
 // chain checks that a segment follows the one before.
 func (h *History) chain(o *vault.Object) error {
-	head := o.Header()
-	if h.header.Sequence != 0 && (head.Previous != h.last.Digest || head.GroupID != h.header.GroupID) {
+	head, sum := o.Header(), o.Summary()
+	switch {
+	case head.Sequence != h.last.Sequence+1:
+		return fmt.Errorf("segment %d is there twice: %w", head.Sequence, segment.ErrDamaged)
+	case head.Previous != h.last.Digest, h.last.Sequence != 0 && head.GroupID != h.header.GroupID:
 		return fmt.Errorf("segment %d does not follow segment %d: %w", head.Sequence, h.last.Sequence, segment.ErrDamaged)
+	case h.last.Sequence != 0 && len(head.Disks) != len(h.header.Disks):
+		return fmt.Errorf("segment %d has %d disks, the one before %d: %w", head.Sequence, len(head.Disks), len(h.header.Disks), segment.ErrDamaged)
 	}
-	if h.disks == nil {
-		h.disks, h.unknown = make([][]item, len(head.Disks)), make([]block.Set, len(head.Disks))
+	if h.unknown == nil {
+		h.unknown = make([]block.Set, len(head.Disks))
 	}
-	if len(head.Disks) != len(h.disks) {
-		return fmt.Errorf("segment %d has %d disks, the one before %d: %w", head.Sequence, len(head.Disks), len(h.disks), segment.ErrDamaged)
-	}
-	h.header, h.last = head, o.Summary()
+	h.header, h.last = head, sum
 	return nil
 }
 
-func (h *History) read(index int, o *vault.Object) {
+// read takes in what a segment says of points.
+func (h *History) read(o *vault.Object) {
+	var s span
 	for i := range o.Len() {
 		e := o.Entry(i)
+		h.note(&e)
 		if e.Kind.TakesPosition() {
-			h.newest = e.Position
-			h.moments = append(h.moments, moment{e.Position, e.Time})
+			if s.first == 0 {
+				s.first, s.firstTime = e.Position, e.Time
+			}
+			s.last, s.latest = e.Position, e.Time
 		}
-		switch e.Kind {
-		case stream.KindWrite:
-			kind := [...]itemKind{block.OpWrite: isData, block.OpZeroes: isZero, block.OpDiscard: isUndefined}[min(e.Op, block.OpDiscard)]
-			h.add(&e, index, kind)
-		case stream.KindFill:
-			h.unknown[e.Disk].Remove(e.Range)
-			switch e.Fill {
-			case stream.FillData:
-				h.add(&e, index, isData)
-			case stream.FillZero:
-				h.add(&e, index, isZero)
-			case stream.FillSame:
-				h.add(&e, index, isSame)
-			}
-		case stream.KindBookmark:
-			h.marks = append(h.marks, Point{Position: e.Position, Time: time.Unix(0, e.Time).UTC(), Bookmark: e.Name, Consistency: e.Consistency})
-		case stream.KindGap:
-			for _, g := range e.Ranges {
-				h.unknown[g.Disk].Add(g.Range)
-			}
-			if h.open {
-				h.stretch[len(h.stretch)-1].Last = e.Position - 1
-				h.open = false
-			}
-		case stream.KindSettled:
-			h.stretch = append(h.stretch, Stretch{First: e.Position})
-			h.open = true
+	}
+	h.spans = append(h.spans, s)
+}
+
+// sound refuses what no writer writes and a view would not end with: a fill
+// that stands for a point that is none, or is not before it.
+func (h *History) sound(o *vault.Object) error {
+	for i := range o.Len() {
+		if e := o.Entry(i); e.Kind == stream.KindFill && e.Fill == stream.FillSame && e.Base >= e.Position {
+			return fmt.Errorf("segment %d has a fill at position %d that is to be as position %d: %w", o.Header().Sequence, e.Position, e.Base, segment.ErrDamaged)
 		}
+	}
+	return nil
+}
+
+// note follows gaps, fills and marks.
+func (h *History) note(e *segment.Entry) {
+	if e.Kind.TakesPosition() {
+		defer func() { h.newest, h.time = e.Position, e.Time }()
+	}
+	switch e.Kind {
+	case stream.KindFill:
+		h.unknown[e.Disk].Remove(e.Range)
+		h.valid = max(h.valid, e.ValidFrom)
+	case stream.KindBookmark:
+		h.marks = append(h.marks, Point{Position: e.Position, Time: time.Unix(0, e.Time).UTC(), Bookmark: e.Name, Consistency: e.Consistency})
+	case stream.KindGap:
+		for _, g := range e.Ranges {
+			h.unknown[g.Disk].Add(g.Range)
+		}
+		h.close(e.Position-1, h.time)
+		h.valid = e.Position
+	case stream.KindSettled:
+		if h.open {
+			return // it says again what is known
+		}
+		// Never before a fill was true, whatever the mark says.
+		h.stretch = append(h.stretch, stretch{Stretch: Stretch{First: max(e.Position, h.valid)}, settled: len(h.spans)})
+		h.open = true
 	}
 }
 
-func (h *History) add(e *segment.Entry, index int, kind itemKind) {
-	h.disks[e.Disk] = append(h.disks[e.Disk], item{
-		off: e.Range.Off, len: e.Range.Len, pos: e.Position, at: e.At, base: e.Base,
-		segment: int32(index), kind: kind, fill: e.Kind == stream.KindFill,
-	})
+// close ends the open stretch, if there is one; one that has no position is none.
+func (h *History) close(last stream.Position, at int64) {
+	if !h.open {
+		return
+	}
+	h.open = false
+	st := &h.stretch[len(h.stretch)-1]
+	if last < st.First {
+		h.stretch = h.stretch[:len(h.stretch)-1]
+		return
+	}
+	st.Last, st.end = last, time.Unix(0, at).UTC()
 }
 
 // Group, GroupID, Disks and Last say whose history this is and how it ends.
@@ -212,7 +273,15 @@ func (h *History) Group() string         { return h.group }
 func (h *History) GroupID() [16]byte     { return h.header.GroupID }
 func (h *History) Disks() []segment.Disk { return h.header.Disks }
 func (h *History) Last() segment.Summary { return h.last }
-func (h *History) Stretches() []Stretch  { return h.stretch }
+
+// Stretches are those of the history, in order.
+func (h *History) Stretches() []Stretch {
+	out := make([]Stretch, len(h.stretch))
+	for i, st := range h.stretch {
+		out[i] = st.Stretch
+	}
+	return out
+}
 
 // Unknown lists the blocks of a disk whose content the history does not know at its end.
 func (h *History) Unknown(disk int) []block.Range { return h.unknown[disk].Ranges() }
@@ -236,90 +305,4 @@ func (h *History) Disk(name string) (int, error) {
 		return 0, fmt.Errorf("group %s has disks %v: name one: %w", h.group, names, ErrNoDisk)
 	}
 	return 0, fmt.Errorf("%q: group %s has disks %v: %w", name, h.group, names, ErrNoDisk)
-}
-
-// Points lists every bookmark that can be recovered and the first and last
-// position of each stretch, in order.
-func (h *History) Points() []Point {
-	out := []Point{}
-	for i, s := range h.stretch {
-		out = append(out, Point{Position: s.First, Time: h.timeOf(s.First), Stretch: i + 1})
-		for _, m := range h.marks {
-			if m.Position >= s.First && m.Position <= s.Last {
-				m.Stretch = i + 1
-				out = append(out, m)
-			}
-		}
-		if s.Last != s.First {
-			out = append(out, Point{Position: s.Last, Time: h.timeOf(s.Last), Stretch: i + 1})
-		}
-	}
-	return out
-}
-
-func (h *History) timeOf(p stream.Position) time.Time {
-	i := sort.Search(len(h.moments), func(i int) bool { return h.moments[i].pos > p })
-	if i == 0 {
-		return time.Time{}
-	}
-	return time.Unix(0, h.moments[i-1].time).UTC()
-}
-
-// Resolve finds the point that a spec names, or says why there is none:
-// ErrInsideGap, ErrNoPoint or *DamagedError.
-func (h *History) Resolve(s stream.Spec) (Point, error) {
-	switch {
-	case s.Latest:
-		if h.damage != nil {
-			return Point{}, h.damage
-		}
-		return h.at(h.newest, s)
-	case s.Position != 0:
-		return h.at(s.Position, s)
-	case !s.Time.IsZero():
-		t := s.Time.UnixNano()
-		i := sort.Search(len(h.moments), func(i int) bool { return h.moments[i].time > t })
-		if i == 0 {
-			return Point{}, fmt.Errorf("%s lies before the history of group %s begins: %w", s, h.group, ErrNoPoint)
-		}
-		if i == len(h.moments) && h.damage != nil {
-			return Point{}, h.damage
-		}
-		return h.at(h.moments[i-1].pos, s)
-	}
-	for i := len(h.marks) - 1; i >= 0; i-- {
-		if h.marks[i].Bookmark == s.Bookmark {
-			p, err := h.at(h.marks[i].Position, s)
-			p.Bookmark, p.Consistency = h.marks[i].Bookmark, h.marks[i].Consistency
-			return p, err
-		}
-	}
-	if h.damage != nil {
-		return Point{}, h.damage
-	}
-	return Point{}, fmt.Errorf("bookmark %q in group %s: %w", s.Bookmark, h.group, ErrNoPoint)
-}
-
-func (h *History) at(p stream.Position, s stream.Spec) (Point, error) {
-	for i, st := range h.stretch {
-		if p >= st.First && p <= st.Last {
-			return Point{Position: p, Time: h.timeOf(p), Stretch: i + 1}, nil
-		}
-	}
-	if p > h.newest || p == 0 {
-		if h.damage != nil {
-			return Point{}, h.damage
-		}
-		return Point{}, fmt.Errorf("%s: the history of group %s ends at position %d: %w", s, h.group, h.newest, ErrNoPoint)
-	}
-	before, after := "", ""
-	for _, st := range h.stretch {
-		if st.Last < p {
-			before = fmt.Sprintf("; the newest point before it is seq:%d", st.Last)
-		}
-		if st.First > p && after == "" {
-			after = fmt.Sprintf("; the first after it is seq:%d", st.First)
-		}
-	}
-	return Point{}, fmt.Errorf("%s is position %d of group %s, %w%s%s", s, p, h.group, ErrInsideGap, before, after)
 }

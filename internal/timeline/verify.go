@@ -22,44 +22,59 @@ type Report struct {
 // Damage is one damaged part: where it is and what it spoils.
 type Damage struct {
 	Object string          `json:"object"`
-	Disk   string          `json:"disk,omitempty"`
-	Range  block.Range     `json:"range,omitzero"`
-	From   stream.Position `json:"spoils_from"` // points from here on may need it ...
-	To     stream.Position `json:"spoils_to"`   // ... up to here
+	Disk   string          `json:"disk,omitempty"` // none: all disks of the group
+	Range  block.Range     `json:"range,omitzero"` // none: all of them
+	From   stream.Position `json:"spoils_from"`    // points from here on may need it ...
+	To     stream.Position `json:"spoils_to"`      // ... up to here; 0: it spoils none
 	Detail string          `json:"detail"`
 }
 
 func (d Damage) String() string {
-	where := d.Object
+	where, spoils := d.Object, "spoils no point"
 	if d.Disk != "" {
 		where = fmt.Sprintf("%s, disk %s, bytes %s", d.Object, d.Disk, d.Range)
+	} else if d.To != 0 {
+		where += ", all disks"
 	}
-	return fmt.Sprintf("%s: %s; spoils points from seq:%d to seq:%d", where, d.Detail, d.From, d.To)
+	if d.To != 0 {
+		spoils = fmt.Sprintf("spoils points from seq:%d to seq:%d", d.From, d.To)
+	}
+	return fmt.Sprintf("%s: %s; %s", where, d.Detail, spoils)
 }
 
 // Verify reads every object of a group and checks every checksum, the chain of
 // segments, their names, the order of positions, and that each stretch begins
-// only when no block is unknown. progress is told how many of how many bytes
+// only when every block is known. progress is told how many of how many bytes
 // were read. Damage is not an error.
 func Verify(ctx context.Context, v *vault.Vault, group string, progress func(done, total int64)) (Report, error) {
 	r := Report{Group: group, Damage: []Damage{}}
-	refs, err := v.Segments(ctx, group)
+	refs, strays, err := v.Contents(ctx, group)
 	if err != nil {
 		return r, err
 	}
-	if len(refs) == 0 {
-		return r, nil
+	c := &checker{report: &r, refs: refs, h: &History{group: group, vault: v}}
+	var done, total int64
+	for _, ref := range refs {
+		c.end = max(c.end, ref.Last)
+		total += ref.Size
 	}
-	newest := refs[len(refs)-1].Last
-	c := &checker{report: &r, newest: newest, h: &History{group: group, vault: v, refs: refs}}
-	for i, ref := range refs {
-		if err := ctx.Err(); err != nil {
-			return r, err
-		}
-		if err := c.object(ctx, i, ref); err != nil {
-			return r, err
-		}
-		progress(int64(i+1), int64(len(refs)))
+	err = eachSegment(ctx, v, group, refs, func(i int, o *vault.Object, err error) (bool, error) {
+		err = c.object(i, o, err)
+		done += refs[i].Size
+		progress(done, total)
+		return err == nil, err
+	})
+	if err != nil {
+		return r, err
+	}
+	if err := c.strays(ctx, strays); err != nil {
+		return r, err
+	}
+	switch err := v.CheckLock(ctx, group); {
+	case errors.Is(err, segment.ErrDamaged):
+		c.add(Damage{Object: "lock", Detail: err.Error()})
+	case err != nil:
+		return r, err
 	}
 	return r, nil
 }
@@ -67,46 +82,77 @@ func Verify(ctx context.Context, v *vault.Vault, group string, progress func(don
 // checker walks a history as Load does, but goes on behind damage.
 type checker struct {
 	report *Report
+	refs   []vault.Ref
 	h      *History
-	newest stream.Position
-	broken bool // the chain was reported as broken: what follows is known to be spoiled
+	end    stream.Position // the last that any name tells of
+	broken bool            // the chain was reported as broken: what follows is known to be spoiled
 }
 
-func (c *checker) object(ctx context.Context, i int, ref vault.Ref) error {
-	want := uint64(1)
+func (c *checker) add(d Damage) { c.report.Damage = append(c.report.Damage, d) }
+
+// object checks one; an error is one of reading.
+func (c *checker) object(i int, o *vault.Object, err error) error {
+	ref, twice := c.refs[i], false
 	if i > 0 {
-		want = c.h.refs[i-1].Sequence + 1
+		twice = c.refs[i-1].Sequence == ref.Sequence
 	}
-	if ref.Sequence != want {
-		c.add(Damage{Object: ref.Name, From: c.h.newest + 1, To: c.newest, Detail: fmt.Sprintf("segment %d before it is missing", want)})
-		c.broken = true
+	if i+1 < len(c.refs) {
+		twice = twice || c.refs[i+1].Sequence == ref.Sequence
 	}
-	o, err := c.h.vault.OpenSegment(ctx, c.h.group, ref)
-	if errors.Is(err, segment.ErrDamaged) {
-		c.add(Damage{Object: ref.Name, From: ref.First, To: c.newest, Detail: err.Error()})
-		c.broken = true
+	c.missing(i)
+	if err != nil {
+		if !errors.Is(err, segment.ErrDamaged) {
+			return err
+		}
+		d := Damage{Object: ref.Name, From: ref.First, To: c.end, Detail: err.Error()}
+		if twice { // the other one may be the true one
+			d.To, d.Detail = 0, "there is another object for this segment, and this one is not it: "+d.Detail
+		} else {
+			c.broken = true
+		}
+		c.add(d)
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	defer o.Close()
 	c.report.Segments++
 	c.report.Bytes += o.Summary().Size
 	o.Check(func(from, to uint64, err error) { c.payload(o, from, to, err) })
 	if c.broken {
 		return nil
 	}
-	if err := c.h.chain(o); err != nil {
-		c.add(Damage{Object: ref.Name, From: ref.First, To: c.newest, Detail: err.Error()})
+	if err := errors.Join(c.h.chain(o), c.h.sound(o)); err != nil {
+		c.add(Damage{Object: ref.Name, From: ref.First, To: c.end, Detail: err.Error()})
 		c.broken = true
 		return nil
 	}
-	c.entries(o)
+	for i := range o.Len() {
+		e := o.Entry(i)
+		c.entry(o, &e)
+		c.h.note(&e)
+	}
+	c.h.spans = append(c.h.spans, span{})
 	return nil
 }
 
-func (c *checker) add(d Damage) { c.report.Damage = append(c.report.Damage, d) }
+// missing reports the segments that no object before number i and no later one holds.
+func (c *checker) missing(i int) {
+	want := uint64(1)
+	if i > 0 {
+		want = c.refs[i-1].Sequence + 1
+	}
+	if next := c.refs[i].Sequence; next > want || twiceBroken(c, i) {
+		detail := fmt.Sprintf("segments %d to %d before it are missing", want, next-1)
+		if next <= want {
+			detail = fmt.Sprintf("no object holds segment %d before it", want-1)
+		}
+		c.add(Damage{Object: c.refs[i].Name, From: c.h.newest + 1, To: c.end, Detail: detail})
+		c.broken = true
+	}
+}
+
+// twiceBroken: of several objects for the segment before, none was it.
+func twiceBroken(c *checker, i int) bool {
+	return !c.broken && i > 0 && c.refs[i].Sequence == c.refs[i-1].Sequence+1 && c.h.last.Sequence < c.refs[i-1].Sequence
+}
 
 // payload reports the records whose content lies in a damaged frame. A record
 // spoils the points from its own on, until something newer covers it: the whole
@@ -119,40 +165,48 @@ func (c *checker) payload(o *vault.Object, from, to uint64, err error) {
 		}
 		lo, hi := max(from, e.At)-e.At, min(to, e.At+uint64(e.Range.Len))-e.At
 		c.add(Damage{Object: o.Ref.Name, Disk: o.Header().Disks[e.Disk].Name,
-			Range: block.Range{Off: e.Range.Off + int64(lo), Len: int64(hi - lo)}, From: e.Position, To: c.newest, Detail: err.Error()})
+			Range: block.Range{Off: e.Range.Off + int64(lo), Len: int64(hi - lo)}, From: e.Position, To: c.end, Detail: err.Error()})
 	}
 }
 
-// entries checks the order of positions and the truth of settled marks.
-func (c *checker) entries(o *vault.Object) {
-	for i := range o.Len() {
-		e := o.Entry(i)
-		switch {
-		case e.Kind.TakesPosition() && e.Position <= c.h.newest:
-			c.add(Damage{Object: o.Ref.Name, From: e.Position, To: c.newest, Detail: fmt.Sprintf("position %d comes after %d", e.Position, c.h.newest)})
-		case e.Kind == stream.KindSettled:
-			for d := range c.h.unknown {
-				if n := c.h.unknown[d].Bytes(); n > 0 {
-					c.add(Damage{Object: o.Ref.Name, Disk: o.Header().Disks[d].Name, From: e.Position, To: c.newest, Detail: fmt.Sprintf("%d bytes are unknown where a stretch begins", n)})
-				}
+// entry checks one against all before it: positions, ranks, and the truth of settled marks.
+func (c *checker) entry(o *vault.Object, e *segment.Entry) {
+	wrong := func(disk string, format string, args ...any) {
+		c.add(Damage{Object: o.Ref.Name, Disk: disk, Range: e.Range, From: e.Position, To: c.end, Detail: fmt.Sprintf(format, args...)})
+	}
+	h := c.h
+	switch {
+	case e.Kind.TakesPosition() && e.Position != h.newest+1:
+		wrong("", "position %d comes after %d", e.Position, h.newest)
+	case e.Kind == stream.KindFill && e.Fill != stream.FillKnown && !h.open && len(h.stretch) > 0 && e.Position <= h.stretch[len(h.stretch)-1].Last:
+		wrong(o.Header().Disks[e.Disk].Name, "a fill of rank %d reaches into the stretch that ended at %d", e.Position, h.stretch[len(h.stretch)-1].Last)
+	case e.Kind == stream.KindSettled && !h.open:
+		if e.Position < h.valid {
+			wrong("", "a stretch begins at %d, before all its blocks were known at %d", e.Position, h.valid)
+		}
+		for d := range h.unknown {
+			if r := h.unknown[d].Ranges(); len(r) > 0 {
+				c.add(Damage{Object: o.Ref.Name, Disk: o.Header().Disks[d].Name, Range: r[0], From: e.Position, To: c.end,
+					Detail: fmt.Sprintf("%d bytes are unknown where a stretch begins", h.unknown[d].Bytes())})
 			}
 		}
-		c.note(&e)
 	}
-	c.h.newest = o.Summary().Last
 }
 
-// note follows positions and unknown blocks, entry by entry.
-func (c *checker) note(e *segment.Entry) {
-	if e.Kind.TakesPosition() {
-		c.h.newest = e.Position
-	}
-	switch e.Kind {
-	case stream.KindFill:
-		c.h.unknown[e.Disk].Remove(e.Range)
-	case stream.KindGap:
-		for _, g := range e.Ranges {
-			c.h.unknown[g.Disk].Add(g.Range)
+// strays reports objects that no segment is called like.
+func (c *checker) strays(ctx context.Context, names []string) error {
+	for _, name := range names {
+		d := Damage{Object: name, Detail: "it has no segment's name"}
+		switch sum, err := c.h.vault.Stray(ctx, c.report.Group, name); {
+		case err == nil && sum.Sequence > c.h.last.Sequence && !c.broken:
+			d.From, d.To = c.h.newest+1, max(c.end, sum.Last)
+			d.Detail = fmt.Sprintf("it is segment %d under a wrong name", sum.Sequence)
+		case err == nil:
+			d.Detail = fmt.Sprintf("it is segment %d under a wrong name", sum.Sequence)
+		case !errors.Is(err, segment.ErrDamaged) && !errors.Is(err, segment.ErrVersion):
+			return err
 		}
+		c.add(d)
 	}
+	return nil
 }

@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"tidemark/internal/segment"
 	"tidemark/internal/vfs"
 )
 
@@ -45,6 +47,9 @@ type lockFile struct {
 	CRC32C uint32 `json:"crc32c"` // of the holder's JSON
 }
 
+// lockSize is a lock's length in bytes, unless the holder's names are very long.
+const lockSize = 512
+
 func encodeHolder(h Holder) ([]byte, error) {
 	text, err := json.Marshal(h)
 	if err != nil {
@@ -54,19 +59,21 @@ func encodeHolder(h Holder) ([]byte, error) {
 		Holder json.RawMessage `json:"holder"`
 		CRC32C uint32          `json:"crc32c"`
 	}{text, checksum(text)})
+	// A sector's length, so that it is written as a whole and takes the place of another one.
+	b = append(b, bytes.Repeat([]byte{' '}, max(0, lockSize-1-len(b)))...)
 	return append(b, '\n'), err
 }
 
-// decodeHolder gives nobody where the content is not whole.
-func decodeHolder(b []byte) Holder {
+// decodeHolder takes exactly what encodeHolder gives.
+func decodeHolder(b []byte) (Holder, error) {
 	var f lockFile
-	if json.Unmarshal(b, &f) != nil {
-		return Holder{}
+	if err := json.Unmarshal(b, &f); err != nil {
+		return Holder{}, fmt.Errorf("%w: %w", segment.ErrDamaged, err)
 	}
-	if text, err := json.Marshal(f.Holder); err != nil || checksum(text) != f.CRC32C {
-		return Holder{}
+	if again, err := encodeHolder(f.Holder); err != nil || !bytes.Equal(again, b) {
+		return Holder{}, segment.ErrDamaged
 	}
-	return f.Holder
+	return f.Holder, nil
 }
 
 // Lock is the right to append to a group's history. The kernel takes it back
@@ -150,12 +157,41 @@ func (v *Vault) sign(name string, h Holder) error {
 	return errors.Join(err, f.Truncate(int64(len(b))), f.Sync(), f.Close())
 }
 
+// holder is nobody where it cannot be read.
 func (v *Vault) holder(name string) Holder {
 	b, err := v.fs.ReadFile(name)
 	if err != nil {
 		return Holder{}
 	}
-	return decodeHolder(b)
+	h, _ := decodeHolder(b) // whoever it is, there is one
+	return h
+}
+
+// CheckLock returns an error that wraps segment.ErrDamaged where a group's lock
+// says something else than was written. Nothing depends on it but the message
+// that a second writer gets; the next writer writes it anew.
+func (v *Vault) CheckLock(_ context.Context, group string) error {
+	if v.local == nil {
+		return nil
+	}
+	name, err := v.local.lockPath(group)
+	if err != nil {
+		return err
+	}
+	for try := 0; ; try++ {
+		b, err := v.fs.ReadFile(name)
+		switch {
+		case notFound(err) || err == nil && len(b) == 0: // never taken, or killed before it was signed
+			return nil
+		case err != nil:
+			return unreachable(err)
+		}
+		_, err = decodeHolder(b)
+		if err == nil || try == 3 {
+			return err
+		}
+		time.Sleep(lockPatience / 4) // it may be written just now
+	}
 }
 
 func (v *Vault) lockInProcess(group string, h Holder) (*Lock, error) {

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"gocloud.dev/blob"
+	"golang.org/x/sys/unix"
 
 	"tidemark/internal/segment"
 	"tidemark/internal/stream"
@@ -76,27 +77,58 @@ func (v *Vault) list(ctx context.Context, prefix, delimiter string) (out []*blob
 // their sequence is no error here: who reads them says what it spoils.
 // ErrNoGroup: there is none.
 func (v *Vault) Segments(ctx context.Context, group string) ([]Ref, error) {
+	refs, _, err := v.Contents(ctx, group)
+	return refs, err
+}
+
+// Contents is Segments that also names the objects among them that no segment
+// is called like.
+func (v *Vault) Contents(ctx context.Context, group string) (refs []Ref, strays []string, err error) {
 	if err := CheckName(group); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	objects, err := v.list(ctx, segmentsOf(group), "/")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	out := make([]Ref, 0, len(objects))
+	refs = make([]Ref, 0, len(objects))
 	for _, o := range objects {
-		if r, ok := parseRef(strings.TrimPrefix(o.Key, segmentsOf(group)), o.Size); ok && !o.IsDir {
-			out = append(out, r)
+		name := strings.TrimPrefix(o.Key, segmentsOf(group))
+		if r, ok := parseRef(name, o.Size); ok && !o.IsDir {
+			refs = append(refs, r)
+		} else {
+			strays = append(strays, name)
 		}
 	}
-	if len(out) == 0 {
+	if len(objects) == 0 {
 		if err := v.here(ctx); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		return nil, fmt.Errorf("group %q: %w", group, ErrNoGroup)
+		return nil, nil, fmt.Errorf("group %q: %w", group, ErrNoGroup)
 	}
-	slices.SortFunc(out, func(a, b Ref) int { return strings.Compare(a.Name, b.Name) })
-	return out, nil
+	slices.SortFunc(refs, func(a, b Ref) int { return strings.Compare(a.Name, b.Name) })
+	return refs, strays, nil
+}
+
+// Stray looks whether an object that Contents calls a stray is a segment of the
+// group after all. segment.ErrDamaged: it is not, or not whole.
+func (v *Vault) Stray(ctx context.Context, group, name string) (segment.Summary, error) {
+	c, size, err := v.content(ctx, segmentsOf(group)+name)
+	if notFound(err) || errors.Is(err, unix.EISDIR) || strings.HasSuffix(name, "/") {
+		return segment.Summary{}, fmt.Errorf("%s: %w", name, segment.ErrDamaged)
+	}
+	if err != nil {
+		return segment.Summary{}, unreachable(err)
+	}
+	defer c.Close()
+	s, err := segment.Open(c, size)
+	if err == nil && s.Header().Group != group {
+		err = fmt.Errorf("%s: of group %q: %w", name, s.Header().Group, segment.ErrDamaged)
+	}
+	if err != nil {
+		return segment.Summary{}, unreachable(err)
+	}
+	return s.Summary(), nil
 }
 
 // content reads an object at random.
