@@ -330,16 +330,7 @@ func (g *Group) Unprotect(ctx context.Context, abandon bool) error {
 		s = g.opened(ctx)
 	}
 	if s != nil && !abandon {
-		err := s.ask(ctx, func() error {
-			if err := s.pump(); err != nil {
-				return err
-			}
-			return s.seal()
-		})
-		if err == nil {
-			err = s.drained(ctx)
-		}
-		if err != nil {
+		if err := s.drain(ctx); err != nil {
 			return fmt.Errorf("group %s stays protected: %w", g.cfg.Name, err)
 		}
 	} else if s == nil && !abandon {

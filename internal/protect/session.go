@@ -144,7 +144,8 @@ func (s *session) loop(ctx context.Context, failed <-chan error) error {
 	for {
 		select {
 		case <-ctx.Done():
-			return s.step() // what the ring holds becomes durable once more
+			s.urgent = true // what the ring holds becomes durable once more: it may not outlive a reboot
+			return s.step()
 		case err := <-failed:
 			return err
 		case r := <-s.requests:

@@ -8,6 +8,7 @@ import (
 
 	"tidemark/internal/health"
 	"tidemark/internal/stream"
+	"tidemark/internal/tap"
 )
 
 // onTheWay lists what is sealed and not yet in the vault, oldest first.
@@ -95,18 +96,46 @@ func (s *session) ship(ctx context.Context) error {
 	}
 }
 
-// drained waits until the vault holds everything that is sealed.
-func (s *session) drained(ctx context.Context) error {
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		if _, oldest := s.pending.state(); oldest.IsZero() {
-			return nil
+// drain returns when the vault holds everything that the ring held at the call.
+func (s *session) drain(ctx context.Context) error {
+	var end tap.Place
+	var last uint64
+	err := s.ask(ctx, func() error { end = s.tap.Producer(); return nil })
+	again := time.NewTicker(tick)
+	defer again.Stop()
+	for err == nil && (last == 0 || !s.pending.has(last)) {
+		if last == 0 {
+			err = s.ask(ctx, func() (err error) { last, err = s.sealUpTo(end); return err })
 		}
 		select {
 		case <-ctx.Done():
 			return errors.New("the vault does not take what is still in the spool: " + ctx.Err().Error())
-		case <-tick.C:
+		case <-s.over:
+			return ErrOffline
+		case <-again.C:
 		}
 	}
+	return err
+}
+
+// sealUpTo gives the sequence of a segment by which everything before a place in
+// the ring is sealed; 0: it could not be yet.
+func (s *session) sealUpTo(end tap.Place) (uint64, error) {
+	if s.full {
+		return 0, nil // step goes on when there is room
+	}
+	if err := s.pump(); err != nil || s.place < end {
+		return 0, err
+	}
+	if err := s.seal(); err != nil || s.full {
+		return 0, err
+	}
+	return s.previous.Sequence, nil
+}
+
+// has says whether the vault holds everything up to a sequence.
+func (w *onTheWay) has(sequence uint64) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.items) == 0 || w.items[0].sequence > sequence
 }
