@@ -4,7 +4,7 @@
  * with a test that compares the sizes through BTF. */
 #pragma once
 
-#define LAYOUT 2
+#define LAYOUT 3
 #define TARGETS_MAX 16	 /* protected ranges of one whole disk */
 #define DISKS_MAX 64	 /* disks of a group */
 #define INFLIGHT_MAX 65536
@@ -57,7 +57,9 @@ struct state {
 	__u64 lost_ranges;  /* lost writes that left a range in the ring */
 	__u64 inflight_full;
 	__u64 remapped; /* a disk of the group may end its bios as another disk's */
-	__u64 reserved[7];
+	__u32 only;	/* device number, where all targets are on one whole disk; else 0 */
+	__u32 reserved0;
+	__u64 reserved[6];
 };
 
 enum {
@@ -101,7 +103,9 @@ enum {
 	PASS_NONE = 3,	  /* the driver has no passthrough that writes */
 };
 
-/* Counters of one whole disk; bytes unless named otherwise. */
+/* Counters of one whole disk; bytes unless named otherwise. tracked is counted
+ * after traced, tracked_ended before ended: who reads them the other way round
+ * sees too many untracked bytes on their way, never too few. */
 struct counters {
 	__u64 traced;	     /* queued as writes, all of the disk */
 	__u64 ended;	     /* completed as writes, all of the disk */
@@ -114,9 +118,9 @@ struct counters {
 	__u64 passthrough;   /* commands that may have written, number */
 	__u64 unreadable;    /* payloads that could not be read, number */
 	__u64 blind;	     /* ends whose range cannot be told, number */
-	__u64 untracked;     /* queued without a place in the map of bios in flight */
-	__u64 untracked_ended; /* ended and was not in it */
-	__u64 level;	     /* untracked_ended - untracked at rest; the daemon's */
+	__u64 tracked;	     /* of traced: with a place in the map of bios in flight */
+	__u64 tracked_ended; /* of ended: those that were in it */
+	__u64 level;	     /* (ended - tracked_ended) - (traced - tracked) at rest; the daemon's */
 	__u64 level_known;   /* the daemon's */
 	__u64 reserved;
 };

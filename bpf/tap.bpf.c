@@ -54,6 +54,14 @@ struct {
 	__type(value, struct whole);
 } targets SEC(".maps");
 
+/* The one of a group with one disk: most groups, and no hashing. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct whole);
+} only SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, DISKS_MAX);
@@ -122,6 +130,14 @@ static __always_inline struct state *get_state(void)
 {
 	__u32 zero = 0;
 	return bpf_map_lookup_elem(&state, &zero);
+}
+
+static __always_inline struct whole *get_whole(struct state *st, __u32 dev)
+{
+	__u32 zero = 0;
+	if (!st->only)
+		return bpf_map_lookup_elem(&targets, &dev);
+	return st->only == dev ? bpf_map_lookup_elem(&only, &zero) : 0;
 }
 
 static __always_inline struct counters *get_counts(struct whole *w)
@@ -227,8 +243,10 @@ static long spread_step(__u32 i, struct spread *s)
 static __noinline long gap_all(__u32 dev, __u64 sector, __u64 count)
 {
 	struct state *st = get_state();
-	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
-	if (!st || !w)
+	if (!st)
+		return 0;
+	struct whole *w = get_whole(st, dev);
+	if (!w)
 		return 0;
 	struct spread s = { .w = w, .sector = sector, .count = count, .number = st->change };
 	bpf_loop(TARGETS_MAX, spread_step, &s, 0);
@@ -449,11 +467,13 @@ SEC("tp_btf/block_bio_queue") int BPF_PROG(queue, struct bio *bio)
 	__u32 op = bio->bi_opf & OP_MASK, bytes = bio->bi_iter.bi_size;
 	if (!is_write(op) || !bytes)
 		return 0;
+	struct state *st = get_state();
+	if (!st)
+		return 0;
 	struct gendisk *disk = bio->bi_bdev->bd_disk;
 	__u32 dev = disk->part0->bd_dev;
-	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
-	struct state *st = get_state();
-	if (!w || !st)
+	struct whole *w = get_whole(st, dev);
+	if (!w)
 		return 0;
 	struct counters *c = get_counts(w);
 	if (!c)
@@ -470,12 +490,15 @@ SEC("tp_btf/block_bio_queue") int BPF_PROG(queue, struct bio *bio)
 		find_step(0, &f);
 	else
 		bpf_loop(TARGETS_MAX, find_step, &f, 0);
-	__u64 place = bpf_ringbuf_query(&ring, BPF_RB_PROD_POS);
-	bool tracked = st->ends == ENDS_ON || w->bio_based;
-	if (tracked)
+	bool map_only = st->payload == PAYLOAD_MAP;
+	bool tracked = !map_only && (st->ends == ENDS_ON || w->bio_based);
+	__u64 place = 0;
+	if (tracked) {
+		place = bpf_ringbuf_query(&ring, BPF_RB_PROD_POS);
 		tracked = track(st, (__u64)bio, dev, sector, bytes, place, 0);
-	if (!tracked)
-		__sync_fetch_and_add(&c->untracked, bytes);
+		if (tracked)
+			__sync_fetch_and_add(&c->tracked, bytes);
+	}
 	if (!f.met || f.at >= TARGETS_MAX)
 		return 0;
 	struct target *t = &w->t[f.at];
@@ -483,7 +506,7 @@ SEC("tp_btf/block_bio_queue") int BPF_PROG(queue, struct bio *bio)
 	int result = NO_ROOM;
 	if (inside) {
 		mark_changed(t, (sector - t->start) >> t->shift, (sector + count - 1 - t->start) >> t->shift, st->change);
-		if (st->payload == PAYLOAD_MAP)
+		if (map_only)
 			return 0;
 		result = capture(st, t, bio, op, sector, bytes, drops);
 	}
@@ -492,9 +515,13 @@ SEC("tp_btf/block_bio_queue") int BPF_PROG(queue, struct bio *bio)
 		__sync_fetch_and_add(&c->bytes, bytes);
 		return 0;
 	}
-	st->ends = ENDS_ON;
-	if (track(st, (__u64)bio, dev, sector, bytes, place, FLIGHT_DROPPED) && !tracked)
-		__sync_fetch_and_add(&c->untracked, -(__u64)bytes);
+	if (!map_only) {
+		st->ends = ENDS_ON;
+		if (!place)
+			place = bpf_ringbuf_query(&ring, BPF_RB_PROD_POS);
+		if (track(st, (__u64)bio, dev, sector, bytes, place, FLIGHT_DROPPED) && !tracked)
+			__sync_fetch_and_add(&c->tracked, bytes);
+	}
 	__sync_fetch_and_add(&c->lost, 1);
 	if (result == UNREADABLE)
 		__sync_fetch_and_add(&c->unreadable, 1);
@@ -611,8 +638,8 @@ SEC("tp_btf/block_rq_complete") int BPF_PROG(rq_complete, struct request *rq, __
 	struct state *st = get_state();
 	if (!disk || !st)
 		return 0;
-	__u32 dev = BPF_CORE_READ(disk, part0, bd_dev);
-	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
+	__u32 dev = disk->part0->bd_dev;
+	struct whole *w = get_whole(st, dev);
 	if (!w) {
 		struct below b = { .bio = rq->bio, .left = bytes, .error = error };
 		if (st->remapped)
@@ -624,7 +651,6 @@ SEC("tp_btf/block_rq_complete") int BPF_PROG(rq_complete, struct request *rq, __
 	struct counters *c = get_counts(w);
 	if (!c)
 		return 0;
-	__sync_fetch_and_add(&c->ended, bytes);
 	__u32 ends = st->ends;
 	struct ends e = { .bio = rq->bio, .left = bytes, .dev = dev, .look = ends != ENDS_OFF, .from = ~0ULL, .old_from = ~0ULL };
 	if (error || e.look)
@@ -640,7 +666,9 @@ SEC("tp_btf/block_rq_complete") int BPF_PROG(rq_complete, struct request *rq, __
 	}
 	if (ends == ENDS_ON && e.old && gap_all(dev, e.old_from, e.old_end - e.old_from))
 		__sync_fetch_and_add(&c->unknown, 1);
-	__sync_fetch_and_add(&c->untracked_ended, e.look ? e.old : bytes);
+	if (e.look && e.old < bytes)
+		__sync_fetch_and_add(&c->tracked_ended, bytes - e.old);
+	__sync_fetch_and_add(&c->ended, bytes);
 	return 0;
 }
 
@@ -652,10 +680,12 @@ SEC("tp_btf/block_bio_complete") int BPF_PROG(bio_complete, struct request_queue
 	if (!is_write(op))
 		return 0;
 	struct gendisk *disk = bio->bi_bdev->bd_disk;
-	__u32 dev = BPF_CORE_READ(disk, part0, bd_dev);
-	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
+	__u32 dev = disk->part0->bd_dev;
 	struct state *st = get_state();
-	if (!w || !st || disk->diskseq != w->diskseq)
+	if (!st)
+		return 0;
+	struct whole *w = get_whole(st, dev);
+	if (!w || disk->diskseq != w->diskseq)
 		return 0;
 	if (op == OP_WRITE && !bio->bi_io_vec)
 		return 0; /* a flush without data, which was not counted when it was queued */
@@ -693,9 +723,10 @@ SEC("tp_btf/block_bio_complete") int BPF_PROG(bio_complete, struct request_queue
 			}
 		}
 	}
+	if (!old)
+		__sync_fetch_and_add(&c->tracked_ended, bytes);
 	__sync_fetch_and_add(&c->ended, bytes);
 	if (old) {
-		__sync_fetch_and_add(&c->untracked_ended, bytes);
 		if (!bytes && (status || ends == ENDS_ON || w->bio_based))
 			__sync_fetch_and_add(&c->blind, 1);
 	}
@@ -765,8 +796,11 @@ SEC("tp_btf/block_rq_issue") int BPF_PROG(rq_issue, struct request *rq)
 	struct gendisk *disk = rq->q->disk;
 	if (!disk)
 		return 0;
-	__u32 dev = BPF_CORE_READ(disk, part0, bd_dev);
-	struct whole *w = bpf_map_lookup_elem(&targets, &dev);
+	__u32 dev = disk->part0->bd_dev;
+	struct state *st = get_state();
+	if (!st)
+		return 0;
+	struct whole *w = get_whole(st, dev);
 	if (!w)
 		return 0;
 	struct counters *c = get_counts(w);

@@ -40,12 +40,12 @@ func (t *Tap) Counters() (Counters, error) {
 			Unreadable: atomic.LoadUint64(&n.Unreadable), Blind: atomic.LoadUint64(&n.Blind),
 		}
 	}
-	for i, p := range t.stubs {
+	for hook, p := range t.stubs {
 		s, err := p.Stats()
 		if err != nil {
-			return c, fmt.Errorf("statistics of %s: %w", hooks[i], err)
+			return c, fmt.Errorf("statistics of %s: %w", hook, err)
 		}
-		if hooks[i] == "queue" {
+		if hook == "queue" {
 			c.MissedQueue = s.RecursionMisses
 		} else {
 			c.MissedCompletions += s.RecursionMisses

@@ -97,7 +97,7 @@ func (t *Tap) ForgetInFlight() error {
 			return fmt.Errorf("forgetting a bio in flight: %w", err)
 		case e.f.Left > 0: // from now on it counts as never tracked
 			if n := t.countsOf(e.f.Whole); n != nil {
-				atomic.AddUint64(&n.Untracked, uint64(e.f.Left))
+				atomic.AddUint64(&n.Tracked, -uint64(e.f.Left))
 			}
 		}
 	}

@@ -15,7 +15,9 @@ type state struct {
 	LostRanges   uint64
 	InflightFull uint64
 	Remapped     uint64
-	Reserved     [7]uint64
+	Only         uint32
+	Reserved0    uint32
+	Reserved     [6]uint64
 }
 
 type target struct {
@@ -37,7 +39,7 @@ type whole struct {
 
 type counters struct {
 	Traced, Ended, Writes, Bytes, Lost, Failed, Unknown, Foreign, Passthrough, Unreadable, Blind uint64
-	Untracked, UntrackedEnded, Level, LevelKnown                                                 uint64
+	Tracked, TrackedEnded, Level, LevelKnown                                                     uint64
 	Reserved                                                                                     uint64
 }
 

@@ -267,7 +267,7 @@ func TestEndsUnderLoad(t *testing.T) {
 
 // TestRest: what the counters alone say, and what a disk's idleness adds.
 func TestRest(t *testing.T) {
-	c, r, now := &counters{Untracked: 100, UntrackedEnded: 40}, &restOfDisk{}, time.Unix(1000, 0)
+	c, r, now := &counters{Traced: 100, Ended: 40}, &restOfDisk{}, time.Unix(1000, 0)
 	look := func(idle bool, after time.Duration) bool {
 		now = now.Add(after)
 		return r.ended(c, idle, now)
@@ -281,15 +281,15 @@ func TestRest(t *testing.T) {
 			t.Fatalf("look %d: %v", i, got)
 		}
 	}
-	c.Untracked += 4096
+	c.Traced += 4096
 	if look(true, 0) || look(true, 2*time.Second) {
 		t.Error("believed an idle disk against the counters")
 	}
-	c.UntrackedEnded += 4096
+	c.Ended += 4096
 	if !look(false, 0) {
 		t.Error("the counters are level")
 	}
-	c.Untracked += 512
+	c.Traced += 512
 	if look(true, 0) || look(true, 29*time.Second) || !look(true, time.Second) {
 		t.Error("an end that nobody counted")
 	}

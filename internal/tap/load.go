@@ -108,7 +108,23 @@ func (t *Tap) places() (changePages, gapPages uint32) {
 	return uint32(change / pageSize), uint32((gap*8 + pageSize - 1) / pageSize)
 }
 
-var hooks = []string{"queue", "rq_complete", "bio_complete", "rq_issue"}
+// hooks are what a tap of these disks is attached to. Ends before beginnings, so
+// that no bio is seen to begin whose end could be missed. A program that would
+// have nothing to do costs each write of the machine 50 ns.
+func (t *Tap) hooks() []string {
+	var out []string
+	if !t.options.MapOnly {
+		out = append(out, "rq_complete", "bio_complete")
+	}
+	passes := func(target Target) bool { return target.Pass.Kind != PassNone }
+	if slices.ContainsFunc(t.targets, passes) {
+		out = append(out, "rq_issue")
+	}
+	return append(out, "queue")
+}
+
+// allHooks are those that there are programs for.
+var allHooks = []string{"queue", "rq_complete", "bio_complete", "rq_issue"}
 
 func (t *Tap) start() error {
 	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(bpf.Tap))
@@ -265,6 +281,12 @@ func (t *Tap) putTargets() error {
 		w.Count++
 	}
 	for dev, w := range wholes {
+		if len(wholes) == 1 {
+			if err := t.maps["only"].Put(uint32(0), w); err != nil {
+				return err
+			}
+			t.state.Only = dev
+		}
 		if err := t.maps["targets"].Put(dev, w); err != nil {
 			return err
 		}
@@ -277,10 +299,9 @@ func targetOf(t Target, disk int, o offsets) target {
 		Shift: shiftOf(t.BlockSize) - 9, Change: o.change, Gap: o.gap}
 }
 
-// attach fills the tables, then attaches the stubs: ends before beginnings, so
-// that no bio is seen to begin whose end could be missed.
+// attach fills the tables, then attaches the stubs.
 func (t *Tap) attach(coll *ebpf.Collection) error {
-	for _, h := range hooks {
+	for _, h := range allHooks {
 		if err := coll.Maps["to_"+h].Put(uint32(0), coll.Programs[h]); err != nil {
 			return fmt.Errorf("table of %s: %w", h, err)
 		}
@@ -293,7 +314,7 @@ func (t *Tap) attach(coll *ebpf.Collection) error {
 	if err := mark.Pin(t.pins.path("bookmark")); err != nil {
 		return err
 	}
-	for _, h := range []string{"rq_complete", "bio_complete", "rq_issue", "queue"} {
+	for _, h := range t.hooks() {
 		stub := coll.Programs["stub_"+h]
 		l, err := link.AttachTracing(link.TracingOptions{Program: stub})
 		if err != nil {
@@ -308,12 +329,13 @@ func (t *Tap) attach(coll *ebpf.Collection) error {
 }
 
 func (t *Tap) loadStubs() error {
-	for _, h := range hooks {
+	t.stubs = map[string]*ebpf.Program{}
+	for _, h := range t.hooks() {
 		p, err := ebpf.LoadPinnedProgram(t.pins.path("stub_"+h), nil)
 		if err != nil {
 			return err
 		}
-		t.stubs = append(t.stubs, p)
+		t.stubs[h] = p
 	}
 	return nil
 }
@@ -362,10 +384,12 @@ func (t *Tap) adopt() error {
 		}
 		t.maps[name] = m
 	}
-	for _, h := range hooks {
+	for _, h := range t.hooks() {
 		if _, err := os.Stat(t.pins.path("link_" + h)); err != nil {
 			return err // not attached: nothing was captured
 		}
+	}
+	for _, h := range allHooks {
 		delete(spec.Programs, "stub_"+h)
 	}
 	spec.Maps["change"].MaxEntries = t.maps["change"].MaxEntries()
@@ -376,7 +400,7 @@ func (t *Tap) adopt() error {
 		return fmt.Errorf("loading the tap's programs: %w", err)
 	}
 	defer coll.Close()
-	for _, h := range hooks {
+	for _, h := range allHooks {
 		if err := t.maps["to_"+h].Put(uint32(0), coll.Programs[h]); err != nil {
 			return err
 		}

@@ -9,8 +9,8 @@ import (
 
 // rest is what is known of bios that were queued while nobody tracked them.
 //
-// The programs count, for each disk, the bytes that were queued untracked and
-// those that ended untracked. While tracking is on the first stands still and
+// What the programs count gives, for each disk, the bytes that were queued
+// untracked and those that ended untracked. While tracking is on the first stands still and
 // the second catches up with it, whatever the load: when both are level, every
 // such bio has ended. What level means is found out while the disk is idle: bios
 // older than the tap ended without having been counted.
@@ -63,8 +63,7 @@ func (t *Tap) oldKnownEnded(tracked map[uint32]int) bool {
 
 // ended is one look at one disk.
 func (r *restOfDisk) ended(c *counters, idle bool, now time.Time) bool {
-	ended := atomic.LoadUint64(&c.UntrackedEnded) // before what was queued: in doubt something is out
-	queued := atomic.LoadUint64(&c.Untracked)
+	ended, queued := c.untracked()
 	if !idle || r.since.IsZero() || ended != r.untrackedEnded || queued != r.untracked {
 		r.since, r.untracked, r.untrackedEnded = time.Time{}, queued, ended
 		if idle {
@@ -85,6 +84,16 @@ func (r *restOfDisk) ended(c *counters, idle bool, now time.Time) bool {
 	atomic.StoreUint64(&c.Level, ended-queued)
 	atomic.StoreUint64(&c.LevelKnown, 1)
 	return true
+}
+
+// untracked is how many bytes ended and were queued without being tracked. The
+// order of the four looks, against that in which the programs count, makes what
+// is missing from ended or too much in queued: in doubt something is out.
+func (c *counters) untracked() (ended, queued uint64) {
+	ended = atomic.LoadUint64(&c.Ended)
+	ended -= atomic.LoadUint64(&c.TrackedEnded)
+	tracked := atomic.LoadUint64(&c.Tracked)
+	return ended, atomic.LoadUint64(&c.Traced) - tracked
 }
 
 // diskIdle asks the disk for what it has issued and not ended. In doubt it is not idle.

@@ -40,7 +40,7 @@ var (
 
 // Bounds that the programs share (bpf/layout.h).
 const (
-	layout     = 2
+	layout     = 3
 	targetsMax = 16
 	disksMax   = 64
 	headSize   = 64
@@ -108,7 +108,7 @@ type Tap struct {
 
 	maps      map[string]*ebpf.Map
 	mark      *ebpf.Program
-	stubs     []*ebpf.Program
+	stubs     map[string]*ebpf.Program // attached ones, by hook
 	state     *state
 	counts    []counters
 	change    []byte
