@@ -66,6 +66,11 @@ func TestMain(m *testing.M) {
 	switch how := os.Getenv("TIDEMARK_SERVE"); how {
 	case "":
 		os.Exit(m.Run())
+	case "helper":
+		if err := HelperMain(os.Args[1:]); err != nil {
+			println(err.Error())
+			os.Exit(1)
+		}
 	case "deaf": // never answers
 		time.Sleep(time.Minute)
 	default:

@@ -15,9 +15,8 @@ import (
 )
 
 const (
-	maxRequest   = 1 << 20 // bytes; what the kernel sends or asks for at one time
-	inFlight     = 32      // asynchronous requests at one time
-	attrValidSec = 1 << 30 // the size never changes
+	maxRequest = 1 << 20 // bytes; what the kernel sends or asks for at one time
+	inFlight   = 32      // asynchronous requests at one time
 )
 
 // Serve answers the kernel on an Export's connection with dev, until the last
@@ -56,7 +55,6 @@ type file struct {
 func (f *file) String() string { return "tidemark" }
 
 func (f *file) GetAttr(_ <-chan struct{}, _ *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
-	out.AttrValid = attrValidSec
 	out.Ino, out.Mode, out.Nlink = fuse.FUSE_ROOT_ID, syscall.S_IFREG|0o600, 1
 	out.Size = uint64(f.dev.Size())
 	out.Blocks, out.Blksize = out.Size/512, 4096
