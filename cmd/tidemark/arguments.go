@@ -91,6 +91,7 @@ func addHelpers(root *cobra.Command) {
 	root.InitDefaultCompletionCmd()
 	for _, c := range root.Commands() {
 		if c.Name() == "completion" {
+			c.Args = cobra.ArbitraryArgs
 			c.RunE = func(c *cobra.Command, args []string) error {
 				return usageError{fmt.Errorf("want bash, zsh, fish or powershell, not %q\n  Usage: tidemark completion SHELL", strings.Join(args, " "))}
 			}

@@ -12,6 +12,7 @@ import (
 	"tidemark/internal/block"
 	"tidemark/internal/mount"
 	"tidemark/internal/overlay"
+	"tidemark/internal/vault"
 )
 
 // mountSpec tells the serving process which view to open.
@@ -41,7 +42,7 @@ never changed. It returns when the tree is there. umount ends it.`,
 			return err
 		}
 		defer view.Close()
-		where, err := absoluteVault(*point.vault)
+		where, err := vault.Folder(*point.vault)
 		if err != nil {
 			return err
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"tidemark/internal/control/api"
+	"tidemark/internal/vault"
 )
 
 func newProtect() *cobra.Command {
@@ -53,7 +54,7 @@ history goes on: only what differs is copied.`,
 			if req.HookDir, err = hookFolder(req.HookDir); err != nil {
 				return usageError{err}
 			}
-			if req.Vault, err = absoluteVault(req.Vault); err != nil {
+			if req.Vault, err = vault.Folder(req.Vault); err != nil {
 				return err
 			}
 			for _, dev := range args {

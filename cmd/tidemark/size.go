@@ -3,8 +3,6 @@ package main
 import (
 	"fmt"
 	"math"
-	"net/url"
-	"path/filepath"
 	"strconv"
 	"strings"
 )
@@ -35,15 +33,4 @@ func formatSize(n int64) string {
 		return fmt.Sprintf("%d B", n)
 	}
 	return fmt.Sprintf("%.1f %ciB", f, "KMGTP"[unit-1])
-}
-
-// absoluteVault makes a plain path absolute, as the daemon has a working directory of its own.
-func absoluteVault(v string) (string, error) {
-	if v == "" {
-		return "", usageError{fmt.Errorf("--vault is empty: give a folder or a file:// URL")}
-	}
-	if u, err := url.Parse(v); err == nil && u.Scheme != "" {
-		return v, nil
-	}
-	return filepath.Abs(v)
 }

@@ -72,11 +72,7 @@ func printStatus(out io.Writer, st api.Status) {
 func printGroup(out io.Writer, g api.Group) {
 	fmt.Fprintf(out, "%s: %s, %s mode, by %s\n", g.Name, g.State, g.Mode, g.WayIn)
 	fmt.Fprintf(out, "  vault       %s\n", g.Vault)
-	if g.ConsistentSince != 0 {
-		fmt.Fprintf(out, "  consistent  since position %d\n", g.ConsistentSince)
-	} else {
-		fmt.Fprintf(out, "  consistent  not yet: a gap is being filled\n")
-	}
+	fmt.Fprintf(out, "  consistent  %s\n", consistency(g))
 	fmt.Fprintf(out, "  captured    position %d, durable %d, lag %.1f s\n", g.CapturedPosition, g.DurablePosition, g.LagSeconds)
 	fmt.Fprintf(out, "  queues      ring %s of %s, spool %s\n", formatSize(g.RingUsedBytes), formatSize(g.RingBytes), formatSize(g.SpoolBytes))
 	var rows []table.Row
@@ -85,6 +81,18 @@ func printGroup(out io.Writer, g api.Group) {
 	}
 	printTable(out, table.Row{"disk", "device", "size", "to fill", "writes", "captured", "identity"}, rows)
 	printConditions(out, g.Conditions)
+}
+
+// consistency says since when every position of a group is a point.
+func consistency(g api.Group) string {
+	switch {
+	case g.ConsistentSince != 0:
+		return fmt.Sprintf("since position %d", g.ConsistentSince)
+	case g.State == api.Offline:
+		return "not known while the group is offline"
+	default:
+		return "not yet: a gap is being filled"
+	}
 }
 
 func printConditions(out io.Writer, conditions []health.Condition) {

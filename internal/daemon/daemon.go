@@ -128,10 +128,10 @@ func instanceID(dir string) (string, error) {
 		if id := strings.TrimSpace(string(b)); len(id) == 16 && strings.Trim(id, "0123456789abcdef") == "" {
 			return id, nil
 		}
-		return "", fmt.Errorf("%s is damaged: remove it if no tap of this daemon is pinned (tidemark doctor)", path)
+		return "", fmt.Errorf("%w: %s is damaged\n  Remove it if no tap of this daemon is pinned (tidemark doctor lists them).", ErrState, path)
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
-		return "", err
+		return "", unusable(err)
 	}
 	var raw [8]byte
 	if _, err := rand.Read(raw[:]); err != nil {

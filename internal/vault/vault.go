@@ -52,8 +52,9 @@ type Vault struct {
 	held map[string]Holder // locks of buckets that have none of their own
 }
 
-// dirOf gives the folder of a plain path or file:// URL.
-func dirOf(where string) (string, error) {
+// Folder gives the absolute folder of what people name a vault by: a plain path
+// or a file:// URL. ErrScheme: it is neither.
+func Folder(where string) (string, error) {
 	if where == "" {
 		return "", fmt.Errorf("no vault is named: want a folder or file:///FOLDER: %w", ErrScheme)
 	}
@@ -73,7 +74,7 @@ func dirOf(where string) (string, error) {
 // Open opens an existing vault: a plain path or file:///path. ErrNotVault: the
 // place has no marker. segment.ErrDamaged: its marker is not what was written.
 func Open(ctx context.Context, where string) (*Vault, error) {
-	dir, err := dirOf(where)
+	dir, err := Folder(where)
 	if err != nil {
 		return nil, err
 	}
@@ -103,7 +104,7 @@ func open(ctx context.Context, v *Vault) (*Vault, error) {
 // Create opens a vault, and makes one of an absent or empty folder first. It
 // refuses any other place with ErrNotVault, and says what is there.
 func Create(ctx context.Context, where string) (*Vault, error) {
-	dir, err := dirOf(where)
+	dir, err := Folder(where)
 	if err != nil {
 		return nil, err
 	}
