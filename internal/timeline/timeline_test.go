@@ -20,29 +20,35 @@ import (
 func truth(records []stream.Record, disk int, at stream.Position) []byte {
 	out := make([]byte, sizes[disk])
 	for sector := int64(0); sector < sizes[disk]; sector += 512 {
-		best := -1
-		for i, r := range records {
-			content := r.Kind == stream.KindWrite || r.Kind == stream.KindFill && r.Fill != stream.FillKnown
-			if !content || r.Disk != disk || r.Position > at || sector < r.Range.Off || sector >= r.Range.End() {
-				continue
-			}
-			if best < 0 || r.Position > records[best].Position ||
-				r.Position == records[best].Position && (r.Kind == stream.KindFill || records[best].Kind != stream.KindFill) {
-				best = i
-			}
-		}
-		if best < 0 {
-			continue
-		}
-		r := records[best]
-		switch {
-		case r.Payload != nil:
-			copy(out[sector:sector+512], r.Payload[sector-r.Range.Off:])
-		case r.Fill == stream.FillSame:
-			copy(out[sector:sector+512], truth(records[:best], disk, r.Base)[sector:])
-		}
+		copy(out[sector:sector+512], sectorAt(records, disk, at, sector))
 	}
 	return out
+}
+
+// sectorAt is what one sector held; nil stands for zeroes.
+func sectorAt(records []stream.Record, disk int, at stream.Position, sector int64) []byte {
+	best := -1
+	for i := range records {
+		r := &records[i]
+		content := r.Kind == stream.KindWrite || r.Kind == stream.KindFill && r.Fill != stream.FillKnown
+		if !content || r.Disk != disk || r.Position > at || sector < r.Range.Off || sector >= r.Range.End() {
+			continue
+		}
+		if best < 0 || r.Position > records[best].Position ||
+			r.Position == records[best].Position && (r.Kind == stream.KindFill || records[best].Kind != stream.KindFill) {
+			best = i
+		}
+	}
+	if best < 0 {
+		return nil
+	}
+	switch r := &records[best]; {
+	case r.Payload != nil:
+		return r.Payload[sector-r.Range.Off:]
+	case r.Fill == stream.FillSame:
+		return sectorAt(records[:best], disk, r.Base, sector)
+	}
+	return nil
 }
 
 func read(t testing.TB, v block.Device) []byte {
