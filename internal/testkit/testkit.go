@@ -35,12 +35,14 @@ var probes = map[string]func() error{
 	"xfs":   tool("mkfs.xfs"),
 	"btrfs": tool("mkfs.btrfs"),
 	"fio":   tool("fio"),
+	"gcc":   tool("gcc"),
 
 	"sqlite3":    tool("sqlite3"),
 	"nbdclients": tool("nbdinfo", "nbdcopy", "qemu-img", "qemu-io"),
 	"vm":         tool("qemu-system-x86_64"),
 	"dm":         func() error { return access("/dev/mapper/control") },
 	"ublk":       func() error { return access("/dev/ublk-control") },
+	"uring":      probeURing,
 	"cuse":       func() error { return access("/dev/cuse") },
 	"ioflusher": func() error { // PR_SET_IO_FLUSHER: needs CAP_SYS_RESOURCE, which containers often lack
 		_, err := unix.PrctlRetInt(unix.PR_GET_IO_FLUSHER, 0, 0, 0, 0)
@@ -99,6 +101,16 @@ func access(path string) error {
 		return err
 	}
 	return f.Close()
+}
+
+// probeURing asks for an io_uring with parameters that no kernel takes: one
+// that has io_uring says that it does not take them.
+func probeURing() error {
+	_, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 0, 0, 0)
+	if errno == unix.EFAULT || errno == unix.EINVAL {
+		return nil
+	}
+	return fmt.Errorf("io_uring: %w", errno)
 }
 
 // tool gives a probe for programs that must be in PATH.
