@@ -73,6 +73,9 @@ func protectedBy(path string) (string, bool) {
 	}
 	for _, p := range pins {
 		for _, t := range p.Targets {
+			if t.DiskSeq != 0 && t.DiskSeq != i.DiskSeq {
+				continue // that disk is gone, and its number has a new owner
+			}
 			if t.Whole == i.WholeDev && t.Start < i.Start+i.Size && i.Start < t.Start+t.Len {
 				return p.Group, true
 			}

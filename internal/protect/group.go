@@ -263,6 +263,9 @@ func (g *Group) start(s *session) {
 
 func (g *Group) try(ctx context.Context) *session {
 	s, err := assemble(ctx, g.env, g.cfg, &g.health)
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return nil // the group is being stopped, and lacks nothing
+	}
 	g.fail(err)
 	return s
 }

@@ -19,7 +19,7 @@ import (
 // the history has no gap and no fill but those of the first copy.
 func TestKilledAtAnyInstant(t *testing.T) {
 	eachSeed(t, func(t *testing.T, rng *rand.Rand) {
-		o := newOrder(t, rng, 16<<10, "--seal-every", "20ms", "--segment-size", "256K")
+		o := newOrder(t, rng, 8<<10, "--seal-every", "20ms", "--segment-size", "256K")
 		began := o.d.Group("g").Since
 		copied := fillsOf(t, o.d, "g")
 		o.write(func() {
