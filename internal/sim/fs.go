@@ -6,8 +6,8 @@
 // What File.Sync and FS.SyncDir made stable is always there after a crash. Of
 // the rest any part may be: each write by itself, cut at sectors of 512 bytes, in
 // any order; each change of a folder by itself, but a rename as a whole, and
-// changes of one name in their order. A Sync that fails loses a part of what it
-// should have made stable, for good. A failed write may have been done in part.
+// changes of one name in their order; a new folder with all that is in it. A
+// Sync that fails loses a part of what it should have made stable, for good. A failed write may have been done in part.
 // Stable content does not rot here; tests that want that change it themselves.
 package sim
 
@@ -51,6 +51,7 @@ type FS struct {
 type dir struct {
 	now, stable map[string]*inode
 	pending     []change
+	fresh       bool // its own entry in the folder above is not stable
 }
 
 // change is one operation on a folder: each name set to its inode, or removed
@@ -123,6 +124,9 @@ func (f *FS) Crash() *FS {
 	after.history = append(slices.Clone(f.history), "--- crash")
 	fresh := map[*inode]*inode{}
 	for _, name := range sortedKeys(f.dirs) {
+		if f.lost(name, after) {
+			continue
+		}
 		d := newDir()
 		for file, node := range f.surviving(f.dirs[name]) {
 			if fresh[node] == nil {
@@ -141,6 +145,11 @@ func (f *FS) Crash() *FS {
 		}
 	}
 	return after
+}
+
+// lost says whether a crash takes a folder away, with what is in it. Those above come first.
+func (f *FS) lost(name string, after *FS) bool {
+	return after.dirs[path.Dir(name)] == nil && name != "/" || f.dirs[name].fresh && f.rng.IntN(2) == 0
 }
 
 func sortedKeys[V any](m map[string]V) []string {
@@ -376,7 +385,8 @@ func (f *FS) Link(from, to string) error {
 	return nil
 }
 
-// MkdirAll makes folders. They are stable at once: no test is about them.
+// MkdirAll makes folders. SyncDir of the folder above makes each stable; it is
+// no operation of its own: a crash at the next one is as good.
 func (f *FS) MkdirAll(name string, _ fs.FileMode) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -385,11 +395,12 @@ func (f *FS) MkdirAll(name string, _ fs.FileMode) error {
 	}
 	for name = path.Clean(name); f.dirs[name] == nil; name = path.Dir(name) {
 		f.dirs[name] = newDir()
+		f.dirs[name].fresh = true
 	}
 	return nil
 }
 
-// ReadDir lists a folder's files.
+// ReadDir lists what is in a folder.
 func (f *FS) ReadDir(name string) ([]fs.DirEntry, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -404,6 +415,12 @@ func (f *FS) ReadDir(name string) ([]fs.DirEntry, error) {
 	for _, k := range sortedKeys(d.now) {
 		out = append(out, fs.FileInfoToDirEntry(info{name: k, size: int64(len(d.now[k].now))}))
 	}
+	for _, k := range sortedKeys(f.dirs) {
+		if k != "/" && path.Dir(k) == path.Clean(name) {
+			out = append(out, fs.FileInfoToDirEntry(info{name: path.Base(k), dir: true}))
+		}
+	}
+	slices.SortFunc(out, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
 	return out, nil
 }
 
@@ -423,6 +440,11 @@ func (f *FS) SyncDir(name string) error {
 		d.stable[k] = v
 	}
 	d.pending = nil
+	for k, below := range f.dirs {
+		if path.Dir(k) == path.Clean(name) {
+			below.fresh = false
+		}
+	}
 	return nil
 }
 

@@ -100,3 +100,31 @@ func TestFailedSyncLoses(t *testing.T) {
 		t.Errorf("%d of 50 lost", lost)
 	}
 }
+
+// TestNewFolderCanGo: until the folder above is synced, with all that is in it.
+func TestNewFolderCanGo(t *testing.T) {
+	crash := func(seed uint64, dirs ...string) bool {
+		f := New(seed)
+		if err := f.MkdirAll("/a/b", 0o700); err != nil {
+			t.Fatal(err)
+		}
+		put(t, f, "/a/b/c", []byte("content"), true)
+		for _, d := range dirs {
+			if err := f.SyncDir(d); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_, err := f.Crash().ReadFile("/a/b/c")
+		return err == nil
+	}
+	seen := map[bool]int{}
+	for seed := range uint64(50) {
+		seen[crash(seed, "/a/b", "/a")]++
+		if !crash(seed, "/a/b", "/a", "/") {
+			t.Fatalf("seed %d: what was stable is gone", seed)
+		}
+	}
+	if len(seen) != 2 {
+		t.Errorf("the file was there: %v", seen)
+	}
+}

@@ -123,19 +123,27 @@ func Open(dir string, o Options) (*Spool, Report, error) {
 	return s, report, nil
 }
 
-// makeDir makes a folder, and what is missing above it, stable.
+// makeDir makes a folder, and what is missing above it, stable; one that is
+// there too: whoever made it may have been killed before it was.
 func makeDir(f vfs.FS, dir string) error {
-	if _, err := f.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
 	parent := filepath.Dir(dir)
-	if err := makeDir(f, parent); err != nil {
+	switch _, err := f.Stat(dir); {
+	case err == nil && parent == dir:
+		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		if err := makeDir(f, parent); err != nil {
+			return err
+		}
+		if err := f.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+	case err != nil:
 		return err
 	}
-	if err := f.MkdirAll(dir, 0o700); err != nil {
+	if err := f.SyncDir(parent); err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
 	}
-	return f.SyncDir(parent)
+	return nil
 }
 
 func (s *Spool) path(sequence uint64) string {
