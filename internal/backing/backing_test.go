@@ -1,0 +1,354 @@
+package backing
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"tidemark/internal/block"
+	"tidemark/internal/testkit"
+)
+
+const diskSize = 4 << 20
+
+var (
+	_ block.Device    = (*Device)(nil)
+	_ block.Zeroer    = (*Device)(nil)
+	_ block.Discarder = (*Device)(nil)
+	_ block.FUAWriter = (*Device)(nil)
+	_ block.Limiter   = (*Device)(nil)
+	_ block.Mapper    = (*Device)(nil)
+)
+
+func imageFile(t testing.TB, dir string, size int64) string {
+	t.Helper()
+	path := filepath.Join(dir, "image")
+	if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, size)); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func open(t testing.TB, path string, o Options) *Device {
+	t.Helper()
+	d, err := Open(path, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := d.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+			t.Error(err)
+		}
+	})
+	return d
+}
+
+// kinds runs a test over everything that can be below a device.
+func kinds(t *testing.T, f func(t *testing.T, path string)) {
+	t.Run("file", func(t *testing.T) { f(t, imageFile(t, testkit.Dir(t), diskSize)) })
+	t.Run("tmpfs", func(t *testing.T) {
+		dir := t.TempDir()
+		testkit.Need(t, "root")
+		testkit.Run(t, "mount", "-t", "tmpfs", "tmpfs", dir)
+		t.Cleanup(func() { testkit.Unmount(t, dir) })
+		f(t, imageFile(t, dir, diskSize))
+	})
+	for _, fs := range []string{"ext4", "xfs", "btrfs"} {
+		t.Run(fs, func(t *testing.T) {
+			d := testkit.NewDiskOf(t, 512<<20, 4096)
+			testkit.Mkfs(t, d.Path, fs)
+			f(t, imageFile(t, testkit.Mount(t, d.Path), diskSize))
+		})
+	}
+	for _, sector := range []int{512, 4096} {
+		t.Run(fmt.Sprint("disk", sector), func(t *testing.T) { f(t, testkit.NewDiskOf(t, diskSize, sector).Path) })
+	}
+}
+
+// TestModel: random requests at any place, length and address do to the device
+// what they do to an array, and are there when it is opened again.
+func TestModel(t *testing.T) {
+	kinds(t, func(t *testing.T, path string) {
+		seed := uint64(time.Now().UnixNano())
+		t.Logf("seed %d", seed)
+		rnd := rand.New(rand.NewPCG(seed, 0))
+		d := open(t, path, Options{})
+		ones := bytes.Repeat([]byte{1}, diskSize)
+		want, known := make([]byte, d.Size()), bytes.Clone(ones)
+		if d.Size() != diskSize {
+			t.Fatalf("%d bytes", d.Size())
+		}
+		if _, err := d.ReadAt(want, 0); err != nil {
+			t.Fatal(err)
+		}
+		memory, noise := make([]byte, 1<<20+4096), make([]byte, 1<<20)
+		rand.NewChaCha8([32]byte{byte(seed), 1}).Read(noise)
+		for step := range 120 {
+			r := someRange(rnd, d.Size())
+			p := memory[rnd.IntN(600):][:r.Len]
+			if rnd.IntN(2) == 0 { // an address that always fits
+				p = aligned(memory)[:r.Len]
+			}
+			var err error
+			switch what := rnd.IntN(8); what {
+			case 0, 1, 2:
+				if _, err = d.ReadAt(p, r.Off); err == nil {
+					compare(t, p, want[r.Off:], known[r.Off:], r)
+				}
+			case 3, 4, 5:
+				copy(p, noise[rnd.IntN(len(noise)-len(p)):])
+				write := d.WriteAt
+				if what == 5 {
+					write = d.WriteFUA
+				}
+				_, err = write(p, r.Off)
+				copy(want[r.Off:], p)
+				copy(known[r.Off:r.End()], ones)
+			case 6:
+				err = d.WriteZeroes(r)
+				clear(want[r.Off:r.End()])
+				copy(known[r.Off:r.End()], ones)
+			case 7:
+				if err = d.Discard(r); d.Limits().Discard == 0 && errors.Is(err, errors.ErrUnsupported) {
+					err = nil
+					continue
+				}
+				in := r.Inward(d.LogicalBlock())
+				clear(known[in.Off:in.End()])
+			}
+			if err != nil {
+				t.Fatalf("seed %d, step %d: %v", seed, step, err)
+			}
+			if t.Failed() {
+				t.Fatalf("seed %d, step %d", seed, step)
+			}
+		}
+		if err := errors.Join(d.Flush(), d.Close()); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, diskSize)
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := f.ReadAt(got, 0); err != nil {
+			t.Fatal(err)
+		}
+		compare(t, got, want, known, block.Range{Len: diskSize})
+	})
+}
+
+// someRange is of any length, mostly small and often of whole blocks.
+func someRange(rnd *rand.Rand, size int64) block.Range {
+	r := block.Range{Off: rnd.Int64N(size), Len: 1 + rnd.Int64N(1<<(4+rnd.IntN(16)))}
+	if rnd.IntN(2) == 0 {
+		r = r.Outward(4096)
+	}
+	return r.Intersect(block.Range{Len: size})
+}
+
+func aligned(b []byte) []byte {
+	for !(&Device{shape: shape{1, 4096}}).fits(b, 0) {
+		b = b[1:]
+	}
+	return b
+}
+
+func compare(t *testing.T, got, want, known []byte, r block.Range) {
+	t.Helper()
+	for i := range got {
+		if got[i] != want[i] && known[i] != 0 {
+			t.Errorf("byte %d of %s is %#x, want %#x", i, r, got[i], want[i])
+			return
+		}
+	}
+}
+
+// TestNeighbours: writes of parts of one block, at the same time, lose nothing
+// of one another.
+func TestNeighbours(t *testing.T) {
+	d := open(t, testkit.NewDiskOf(t, diskSize, 4096).Path, Options{})
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			p := bytes.Repeat([]byte{byte(i + 1)}, 512)
+			for block := range int64(50) {
+				if _, err := d.WriteAt(p, block*4096+int64(i)*512); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	got := make([]byte, 50*4096)
+	if _, err := d.ReadAt(got, 0); err != nil {
+		t.Fatal(err)
+	}
+	for i, b := range got {
+		if b != byte(i%4096/512+1) {
+			t.Fatalf("byte %d is %d", i, b)
+		}
+	}
+}
+
+func TestRefused(t *testing.T) {
+	disk := testkit.NewDisk(t, 64<<20)
+	testkit.Mkfs(t, disk.Path, "ext4")
+	dir := testkit.Mount(t, disk.Path)
+	refused := func(path string, want error) {
+		t.Helper()
+		if d, err := Open(path, Options{}); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", path, err, want)
+			if err == nil {
+				d.Close()
+			}
+		}
+	}
+	refused(disk.Path, ErrInUse) // mounted
+	image := imageFile(t, dir, diskSize)
+	open(t, image, Options{})
+	refused(image, ErrInUse) // ours already
+	refused(dir, ErrKind)
+	refused("/dev/null", ErrKind)
+	refused(filepath.Join(dir, "none"), os.ErrNotExist)
+	free := testkit.NewDisk(t, diskSize)
+	open(t, free.Path, Options{})
+	refused(free.Path, ErrInUse)
+}
+
+func TestReadOnlyAndBounds(t *testing.T) {
+	path := imageFile(t, testkit.Dir(t), diskSize)
+	d := open(t, path, Options{ReadOnly: true})
+	open(t, path, Options{ReadOnly: true}) // readers share
+	p := make([]byte, 512)
+	for name, err := range map[string]error{
+		"write": second(d.WriteAt(p, 0)), "fua": second(d.WriteFUA(p, 0)),
+		"zeroes": d.WriteZeroes(block.Range{Len: 512}), "discard": d.Discard(block.Range{Len: 512}),
+	} {
+		if !errors.Is(err, block.ErrReadOnly) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := second(d.ReadAt(p, diskSize-511)); !errors.Is(err, block.ErrBounds) {
+		t.Errorf("beyond the end: %v", err)
+	}
+	if err := os.Truncate(path, 4096); err != nil {
+		t.Fatal(err)
+	}
+	if err := second(d.ReadAt(p, 8192)); !errors.Is(err, unix.EIO) {
+		t.Errorf("what was cut off: %v", err)
+	}
+	if err := d.Grow(0); !errors.Is(err, ErrShrunk) {
+		t.Errorf("a file that was cut off: %v", err)
+	}
+}
+
+func second(_ int, err error) error { return err }
+
+func TestGrow(t *testing.T) {
+	path := imageFile(t, testkit.Dir(t), diskSize+100)
+	d := open(t, path, Options{})
+	if d.Size() != diskSize {
+		t.Errorf("size %d is not of whole blocks", d.Size())
+	}
+	if err := d.Grow(diskSize - 4096); !errors.Is(err, ErrShrunk) {
+		t.Errorf("shrinking: %v", err)
+	}
+	if err := d.Grow(2 * diskSize); err != nil || d.Size() != 2*diskSize {
+		t.Errorf("%d: %v", d.Size(), err)
+	}
+	if err := os.Truncate(path, 3*diskSize); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Grow(0); err != nil || d.Size() != 3*diskSize {
+		t.Errorf("%d: %v", d.Size(), err)
+	}
+	if _, err := d.WriteAt(make([]byte, 4096), 3*diskSize-4096); err != nil {
+		t.Error(err)
+	}
+	disk := testkit.NewDisk(t, diskSize)
+	dd := open(t, disk.Path, Options{})
+	if err := os.Truncate(disk.File, 2*diskSize); err != nil {
+		t.Fatal(err)
+	}
+	if err := dd.Grow(2 * diskSize); err == nil {
+		t.Error("a disk was given a size")
+	}
+	testkit.Run(t, "losetup", "-c", disk.Path)
+	if err := dd.Grow(0); err != nil || dd.Size() != 2*diskSize {
+		t.Errorf("%d: %v", dd.Size(), err)
+	}
+}
+
+// TestLimits: what the disk says is what the kernel says of it.
+func TestLimits(t *testing.T) {
+	d := open(t, testkit.NewDiskOf(t, diskSize, 4096).Path, Options{})
+	if l := d.Limits(); l.LogicalBlock != 4096 || l.PhysicalBlock != 4096 || l.ReadOnly || !l.Volatile {
+		t.Errorf("%+v", l)
+	}
+	if l := open(t, testkit.NewDisk(t, diskSize).Path, Options{ReadOnly: true}).Limits(); l.LogicalBlock != 512 || !l.ReadOnly || l.Discard != 0 {
+		t.Errorf("%+v", l)
+	}
+}
+
+func TestExtents(t *testing.T) {
+	path := imageFile(t, testkit.Dir(t), 1<<20)
+	d := open(t, path, Options{})
+	p := bytes.Repeat([]byte{7}, 64<<10)
+	for _, off := range []int64{128 << 10, 512 << 10} {
+		if _, err := d.WriteAt(p, off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := d.Extents(block.Range{Off: 4096, Len: 1<<20 - 8192})
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := int64(4096)
+	data := int64(0)
+	for _, e := range got {
+		if e.Off != at || e.Empty() {
+			t.Fatalf("extents %v", got)
+		}
+		at = e.End()
+		if e.State == block.Data {
+			data += e.Len
+		}
+	}
+	if at != 1<<20-4096 || data < 128<<10 {
+		t.Fatalf("extents %v", got)
+	}
+	if data > 128<<10 {
+		t.Logf("the file system knows no holes: %v", got)
+	}
+}
+
+// BenchmarkRead is what the choice of system calls over io_uring rests on.
+func BenchmarkRead(b *testing.B) {
+	d := open(b, testkit.NewDisk(b, 64<<20).Path, Options{})
+	for _, workers := range []int{1, 32} {
+		b.Run(fmt.Sprint(workers), func(b *testing.B) {
+			var wg sync.WaitGroup
+			for w := range workers {
+				wg.Go(func() {
+					p := aligned(make([]byte, 8192))[:4096]
+					for i := w; i < b.N; i += workers {
+						if _, err := d.ReadAt(p, int64(i*7919)%(16<<10)*4096); err != nil {
+							b.Error(err)
+						}
+					}
+				})
+			}
+			wg.Wait()
+		})
+	}
+}
