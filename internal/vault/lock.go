@@ -59,7 +59,7 @@ func encodeHolder(h Holder) ([]byte, error) {
 		Holder json.RawMessage `json:"holder"`
 		CRC32C uint32          `json:"crc32c"`
 	}{text, checksum(text)})
-	// A sector's length, so that it is written as a whole and takes the place of another one.
+	// A sector's length, so that a disk stores it as a whole.
 	b = append(b, bytes.Repeat([]byte{' '}, max(0, lockSize-1-len(b)))...)
 	return append(b, '\n'), err
 }
@@ -143,7 +143,9 @@ func (v *Vault) flock(ctx context.Context, name string) (io.Closer, error) {
 	}
 }
 
-// sign writes the holder into the lock. Nothing hangs on it but the message that others get.
+// sign writes the holder into the lock. Nothing hangs on it but the message that
+// others get. It is emptied first, so that a crash leaves less than lockSize
+// bytes, or zeroes, and never something that looks like damage.
 func (v *Vault) sign(name string, h Holder) error {
 	b, err := encodeHolder(h)
 	if err != nil {
@@ -153,8 +155,11 @@ func (v *Vault) sign(name string, h Holder) error {
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteAt(b, 0)
-	return errors.Join(err, f.Truncate(int64(len(b))), f.Sync(), f.Close())
+	if err = errors.Join(f.Truncate(0), f.Sync()); err == nil {
+		_, err = f.WriteAt(b, 0)
+		err = errors.Join(err, f.Sync())
+	}
+	return errors.Join(err, f.Close())
 }
 
 // holder is nobody where it cannot be read.
@@ -181,7 +186,7 @@ func (v *Vault) CheckLock(_ context.Context, group string) error {
 	for try := 0; ; try++ {
 		b, err := v.fs.ReadFile(name)
 		switch {
-		case notFound(err) || err == nil && len(b) == 0: // never taken, or killed before it was signed
+		case notFound(err) || err == nil && unsigned(b):
 			return nil
 		case err != nil:
 			return unreachable(err)
@@ -192,6 +197,11 @@ func (v *Vault) CheckLock(_ context.Context, group string) error {
 		}
 		time.Sleep(lockPatience / 4) // it may be written just now
 	}
+}
+
+// unsigned: never taken, or a crash came before the holder was written.
+func unsigned(b []byte) bool {
+	return len(b) < lockSize || len(bytes.Trim(b, "\x00")) == 0
 }
 
 func (v *Vault) lockInProcess(group string, h Holder) (*Lock, error) {

@@ -114,7 +114,7 @@ func Create(ctx context.Context, where string) (*Vault, error) {
 func createFolder(ctx context.Context, fsys vfs.FS, dir string) (*Vault, error) {
 	v, err := openFolder(ctx, fsys, dir)
 	if !errors.Is(err, ErrNotVault) {
-		return v, err
+		return v.settled(err)
 	}
 	if err := makeRoot(fsys, dir); err != nil {
 		return nil, unreachable(err)
@@ -133,7 +133,18 @@ func createFolder(ctx context.Context, fsys vfs.FS, dir string) (*Vault, error) 
 	if failed != nil && err != nil {
 		return nil, failed
 	}
-	return v, err
+	return v.settled(err)
+}
+
+// settled makes the marker stable: whoever wrote it may have been killed before it was.
+func (v *Vault) settled(err error) (*Vault, error) {
+	if err == nil {
+		err = unreachable(v.local.settle(markerName))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return v, nil
 }
 
 // CreateBucket opens a vault in any bucket, and makes one of an empty one first.
