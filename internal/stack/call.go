@@ -1,0 +1,302 @@
+package stack
+
+import (
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"weak"
+
+	"tidemark/internal/block"
+)
+
+// call is one request on its way. It is reused, with its frames, unless an
+// expelled filter still holds on to it.
+type call struct {
+	stack  *Stack
+	shard  int
+	chain  *chain
+	req    Request
+	frames []*frame
+	kept   atomic.Bool // by an expelled filter
+}
+
+// frame is a call's stay in one filter:
+//
+//	       begin          enterBelow            leaveBelow        finish
+//	idle ─────────▶ inside ─────────▶ below (n) ─────────▶ inside ─────▶ over
+//	                   │                  └── takeAway: as soon as n is 0 ──▶ over, taken
+//	                   └── takeAway ──▶ over, taken
+//
+// Only "inside" counts for the watchdog.
+type frame struct {
+	call  *call
+	at    int
+	run   func() // handle, made once
+	done  chan struct{}
+	owner atomic.Pointer[attachment]
+	since atomic.Int64 // the watchdog's clock when it went inside; 0: it is not
+
+	mu      sync.Mutex
+	gen     uint64 // which stay this is: a Next of an older one is void
+	below   int    // requests that are under way below
+	over    bool
+	waiting bool // somebody waits for done
+	taken   bool // over, and not by the filter
+	wanted  bool // to be taken when nothing is below
+	passed  bool // the request itself was passed on, and ended with result
+	result  error
+	err     error
+	broken  error
+}
+
+func (s *Stack) newCall() any {
+	return &call{stack: s, shard: int(s.nextShard.Add(1) % shards)}
+}
+
+// do sends one request through the filters of ch from the index on.
+func (s *Stack) send(c *call, ch *chain, from int) error {
+	c.chain = ch
+	err := c.descend(from)
+	ch.leave(c.shard)
+	if !c.kept.Load() {
+		c.chain, c.req = nil, Request{}
+		s.calls.Put(c)
+	}
+	return err
+}
+
+// descend goes down from a filter's index.
+func (c *call) descend(i int) error {
+	for ; i < len(c.chain.steps); i++ {
+		if c.stack.dead.Load() {
+			return ErrGone
+		}
+		a := c.chain.steps[i]
+		if a.out.Load() {
+			continue
+		}
+		if a.sieve != nil {
+			passed, broken := a.pass(&c.req)
+			if broken != nil {
+				c.stack.expel(a, broken)
+				continue
+			}
+			if passed {
+				continue
+			}
+		}
+		return c.through(i, a)
+	}
+	return c.stack.bottom(&c.req)
+}
+
+// pass asks the sieve; a panic there breaks the filter as one in Handle does.
+func (a *attachment) pass(r *Request) (passed bool, broken error) {
+	defer func() {
+		if v := recover(); v != nil {
+			broken = panicked(v)
+		}
+	}()
+	return a.sieve.Pass(r), nil
+}
+
+// through has one filter handle the request, and goes on without the filter
+// where that fails.
+func (c *call) through(i int, a *attachment) error {
+	f := c.frame(i)
+	f.begin(a)
+	if a.inline {
+		f.handle()
+		f.settle()
+	} else {
+		go f.run()
+		f.await(a)
+	}
+	f.mu.Lock()
+	err, broken, taken, passed, result := f.err, f.broken, f.taken, f.passed, f.result
+	f.mu.Unlock()
+	f.owner.Store(nil)
+	if taken {
+		c.kept.Store(true)
+	}
+	if broken != nil {
+		c.stack.expel(a, broken)
+	}
+	// What a filter answers after it was taken out counts only if it is good news.
+	lost := taken || broken != nil || err != nil && a.out.Load()
+	switch {
+	case !lost:
+		return err
+	case passed:
+		return result
+	}
+	return c.descend(i + 1)
+}
+
+func (c *call) frame(i int) *frame {
+	for len(c.frames) <= i {
+		c.frames = append(c.frames, nil)
+	}
+	if c.frames[i] == nil {
+		f := &frame{call: c, at: i, done: make(chan struct{}, 1)}
+		f.run = f.handle
+		c.frames[i] = f
+		c.stack.mu.Lock()
+		c.stack.frames = append(c.stack.frames, weak.Make(f))
+		c.stack.mu.Unlock()
+	}
+	return c.frames[i]
+}
+
+func (f *frame) begin(a *attachment) {
+	f.mu.Lock()
+	f.gen++
+	f.below, f.over, f.taken, f.wanted, f.passed = 0, false, false, false, false
+	f.result, f.err, f.broken = nil, nil, nil
+	f.waiting = !a.inline
+	f.mu.Unlock()
+	f.owner.Store(a)
+	f.since.Store(a.stack.system.clock.Load())
+}
+
+// handle calls the filter.
+func (f *frame) handle() {
+	returned := false
+	defer func() {
+		if v := recover(); v != nil {
+			f.finish(nil, panicked(v))
+		} else if !returned {
+			f.finish(nil, errors.New("the filter ended its goroutine"))
+		}
+	}()
+	err := f.owner.Load().filter.Handle(&f.call.req, Next{f, f.gen})
+	returned = true
+	if errors.Is(err, ErrBroken) {
+		f.finish(nil, err)
+		return
+	}
+	f.finish(err, nil)
+}
+
+func panicked(v any) error { return fmt.Errorf("panic: %v\n%s", v, debug.Stack()) }
+
+// finish ends the stay, unless the request was taken away before. A filter that
+// broke while requests are below leaves the end to the last of them.
+func (f *frame) finish(err, broken error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.over {
+		return
+	}
+	f.since.Store(0)
+	f.err, f.broken = err, broken
+	if broken != nil && f.below > 0 {
+		f.wanted = true
+		return
+	}
+	f.end()
+}
+
+func (f *frame) end() {
+	f.over = true
+	if f.waiting {
+		f.done <- struct{}{} // one a stay: there is room
+	}
+}
+
+// settle returns when a filter that broke has no request below any more.
+func (f *frame) settle() {
+	f.mu.Lock()
+	f.waiting = !f.over
+	f.mu.Unlock()
+	if f.waiting {
+		<-f.done
+	}
+}
+
+// await returns when the filter is done with the request or has lost it.
+func (f *frame) await(a *attachment) {
+	select {
+	case <-f.done:
+		return
+	case <-a.gone:
+	}
+	f.mu.Lock()
+	if !f.over && f.below == 0 {
+		f.taken = true
+		f.end()
+	}
+	f.wanted = true
+	f.mu.Unlock()
+	<-f.done
+}
+
+// enterBelow notes that a request goes below; own says that the caller must
+// make a call of its own for it.
+func (f *frame) enterBelow(gen uint64, r *Request) (own bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.gen != gen || f.over {
+		return false, ErrExpelled
+	}
+	f.below++
+	f.since.Store(0)
+	return r != &f.call.req || f.below > 1, nil
+}
+
+func (f *frame) leaveBelow(itself bool, result error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if itself {
+		f.passed, f.result = true, result
+	}
+	f.below--
+	switch {
+	case f.below > 0 || f.over:
+	case f.wanted:
+		f.taken = f.broken == nil
+		f.end()
+	default:
+		f.since.Store(f.call.stack.system.clock.Load())
+	}
+}
+
+// Next is what lies below a filter, for one request: good until Handle returns.
+type Next struct {
+	f   *frame
+	gen uint64
+}
+
+// Do sends a request on: the one that is handled, or one of the filter's own.
+// It may be called concurrently.
+func (n Next) Do(r *Request) error {
+	f := n.f
+	own, err := f.enterBelow(n.gen, r)
+	if err != nil {
+		return err
+	}
+	if !own {
+		err = f.call.descend(f.at + 1)
+	} else {
+		s := f.call.stack
+		c := s.calls.Get().(*call)
+		c.req = *r
+		ch := f.call.chain // stays alive: f.call is in it
+		ch.in[c.shard].n.Add(1)
+		err = s.send(c, ch, f.at+1)
+	}
+	f.leaveBelow(r == &f.call.req, err)
+	return err
+}
+
+// Read fills p from off.
+func (n Next) Read(p []byte, off int64) error {
+	return n.Do(&Request{Op: block.OpRead, Range: block.Range{Off: off, Len: int64(len(p))}, Data: p})
+}
+
+// Write writes p at off.
+func (n Next) Write(p []byte, off int64) error {
+	return n.Do(&Request{Op: block.OpWrite, Range: block.Range{Off: off, Len: int64(len(p))}, Data: p})
+}
