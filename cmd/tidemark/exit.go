@@ -85,7 +85,7 @@ func exitCode(ctx context.Context, err error) int {
 		{restore.ErrNotEmpty, exitRefused}, {restore.ErrDirectory, exitRefused}, {restore.ErrKind, exitRefused}, {restore.ErrVault, exitRefused},
 		{mount.ErrNoFileSystem, exitNotFound}, {mount.ErrPartition, exitUsage}, {mount.ErrSameFS, exitInUse}, {mount.ErrDir, exitUsage},
 		{vault.ErrUnreachable, exitUnreachable}, {daemon.ErrRunning, exitInUse}, {daemon.ErrState, exitRefused}, {daemon.ErrSocket, exitRefused},
-		{nbd.ErrURI, exitUsage}, {nbd.ErrSocketInUse, exitInUse},
+		{nbd.ErrURI, exitUsage}, {nbd.ErrCertificates, exitUsage}, {nbd.ErrSocketInUse, exitInUse},
 		// Last, what the kernel says of a path that nothing above has a word for.
 		{unix.ENOSPC, exitUnreachable}, {fs.ErrNotExist, exitNotFound}, {fs.ErrPermission, exitRefused},
 	} {

@@ -13,6 +13,7 @@ const (
 	OptExportName  = 1
 	OptAbort       = 2
 	OptList        = 3
+	OptStartTLS    = 5
 	OptInfo        = 6
 	OptGo          = 7
 	OptStructured  = 8
@@ -25,6 +26,7 @@ const (
 	RepErrUnsup    = 1<<31 + 1
 	RepErrPolicy   = 1<<31 + 2
 	RepErrInvalid  = 1<<31 + 3
+	RepErrTLSReqd  = 1<<31 + 5
 	RepErrUnknown  = 1<<31 + 6
 	RepErrTooBig   = 1<<31 + 9
 	InfoExport     = 0
@@ -44,6 +46,7 @@ const (
 	SendDF          = 1 << 7
 	CanMultiConn    = 1 << 8
 	SendCache       = 1 << 10
+	SendFastZero    = 1 << 11
 )
 
 // Requests and replies.
@@ -72,6 +75,7 @@ const (
 	ReplyError       = 1<<15 + 1
 	StateHole        = 1 << 0
 	StateZero        = 1 << 1
+	StateDirty       = 1 << 0 // of a qemu:dirty-bitmap
 	RequestSize      = 28
 )
 
@@ -87,5 +91,9 @@ const (
 	ESHUTDOWN = 108
 )
 
-// Context of the allocation of an export.
-const BaseAllocation = "base:allocation"
+// Names of metadata contexts: the allocation of an export, and what comes
+// before the name of a change map.
+const (
+	BaseAllocation  = "base:allocation"
+	QemuDirtyBitmap = "qemu:dirty-bitmap:"
+)

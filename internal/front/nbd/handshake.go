@@ -1,73 +1,20 @@
 package nbd
 
 import (
-	"bufio"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"strings"
-	"sync"
-	"time"
 
 	"tidemark/internal/abi/nbd"
 )
 
-var be = binary.BigEndian
-
 var errEnd = errors.New("the client is done")
 
-// connection is one client.
-type connection struct {
-	server     *Server
-	conn       net.Conn
-	in         *bufio.Reader
-	export     Export
-	structured bool
-	allocation bool // base:allocation was agreed on
-	metaFor    string
-	noZeroes   bool
-
-	out  sync.Mutex // one reply at a time
-	busy sync.WaitGroup
-}
-
-func (c *connection) serve() {
-	c.in = bufio.NewReaderSize(c.conn, 64<<10)
-	if err := c.conn.SetDeadline(time.Now().Add(handshakeTime)); err != nil {
-		return
-	}
-	if err := c.handshake(); err != nil {
-		return // the client went away, or was told in the reply to its option
-	}
-	if err := c.conn.SetDeadline(time.Time{}); err != nil {
-		return
-	}
-	c.transmission()
-}
-
-func (c *connection) send(parts ...any) error {
-	var b []byte
-	for _, p := range parts {
-		switch v := p.(type) {
-		case []byte:
-			b = append(b, v...)
-		case string:
-			b = append(b, v...)
-		default:
-			var err error
-			if b, err = binary.Append(b, be, v); err != nil {
-				return err
-			}
-		}
-	}
-	_, err := c.conn.Write(b)
-	return err
-}
-
+// handshake agrees with the client on an export.
 func (c *connection) handshake() error {
-	if err := c.send(uint64(nbd.Magic), uint64(nbd.OptionMagic), uint16(nbd.FlagFixed|nbd.FlagNoZeroes)); err != nil {
+	if err := c.say(uint64(nbd.Magic), uint64(nbd.OptionMagic), uint16(nbd.FlagFixed|nbd.FlagNoZeroes)); err != nil {
 		return err
 	}
 	var flags [4]byte
@@ -76,7 +23,7 @@ func (c *connection) handshake() error {
 	}
 	f := be.Uint32(flags[:])
 	if f&nbd.FlagFixed == 0 || f&^(nbd.FlagFixed|nbd.FlagNoZeroes) != 0 {
-		return fmt.Errorf("client flags %#x", f)
+		return refused("its flags %#x are not those of the fixed newstyle handshake", f)
 	}
 	c.noZeroes = f&nbd.FlagNoZeroes != 0
 	for range optionsMax {
@@ -85,9 +32,10 @@ func (c *connection) handshake() error {
 			return err
 		}
 	}
-	return errors.New("too many options")
+	return refused("it sent more than %d options", optionsMax)
 }
 
+// option answers one option; done says that an export is agreed on.
 func (c *connection) option() (done bool, err error) {
 	var head [16]byte
 	if _, err := io.ReadFull(c.in, head[:]); err != nil {
@@ -95,11 +43,11 @@ func (c *connection) option() (done bool, err error) {
 	}
 	opt, n := be.Uint32(head[8:]), be.Uint32(head[12:])
 	if be.Uint64(head[:]) != nbd.OptionMagic {
-		return false, errors.New("not an option")
+		return false, refused("it sent something else than an option")
 	}
 	if n > optionMax {
 		if n > payloadMax {
-			return false, errors.New("an option beyond all bounds")
+			return false, refused("it sent an option of %d bytes", n)
 		}
 		if _, err := io.CopyN(io.Discard, c.in, int64(n)); err != nil {
 			return false, err
@@ -110,6 +58,9 @@ func (c *connection) option() (done bool, err error) {
 	if _, err := io.ReadFull(c.in, data); err != nil {
 		return false, err
 	}
+	if c.tls != nil && !c.secure && opt != nbd.OptStartTLS && opt != nbd.OptAbort {
+		return false, c.wantTLS(opt)
+	}
 	switch opt {
 	case nbd.OptExportName:
 		return true, c.exportName(string(data))
@@ -117,6 +68,8 @@ func (c *connection) option() (done bool, err error) {
 		return false, errors.Join(c.reply(opt, nbd.RepAck), errEnd)
 	case nbd.OptList:
 		return false, c.list(data)
+	case nbd.OptStartTLS:
+		return false, c.startTLS(data)
 	case nbd.OptInfo, nbd.OptGo:
 		return c.info(opt, data)
 	case nbd.OptStructured:
@@ -131,6 +84,24 @@ func (c *connection) option() (done bool, err error) {
 	return false, c.reply(opt, nbd.RepErrUnsup, "unknown option")
 }
 
+// say sends numbers, bytes and strings; the handshake's own time limit holds.
+func (c *connection) say(parts ...any) error {
+	var b []byte
+	for _, p := range parts {
+		switch v := p.(type) {
+		case string:
+			b = append(b, v...)
+		default:
+			var err error
+			if b, err = binary.Append(b, be, v); err != nil {
+				return err
+			}
+		}
+	}
+	_, err := c.link.rw.Write(b)
+	return err
+}
+
 func (c *connection) reply(opt uint32, kind uint32, data ...any) error {
 	n := 0
 	for _, d := range data {
@@ -141,26 +112,55 @@ func (c *connection) reply(opt uint32, kind uint32, data ...any) error {
 			n += binary.Size(v)
 		}
 	}
-	return c.send(append([]any{uint64(nbd.OptReplyMagic), opt, kind, uint32(n)}, data...)...)
+	return c.say(append([]any{uint64(nbd.OptReplyMagic), opt, kind, uint32(n)}, data...)...)
+}
+
+// wantTLS tells a client that nothing is served before TLS.
+func (c *connection) wantTLS(opt uint32) error {
+	if opt == nbd.OptExportName { // knows no error
+		return refused("it does not speak TLS")
+	}
+	c.server.complain("an NBD client has to speak TLS first", "client", c.link.raw.RemoteAddr())
+	return c.reply(opt, nbd.RepErrTLSReqd, "this server speaks TLS only: give the client its certificates, and an nbds:// or nbds+unix:// URI")
+}
+
+// startTLS goes on in TLS, with a client that has a certificate of ours.
+func (c *connection) startTLS(data []byte) error {
+	switch {
+	case len(data) != 0:
+		return c.reply(nbd.OptStartTLS, nbd.RepErrInvalid, "this option has no data")
+	case c.secure:
+		return c.reply(nbd.OptStartTLS, nbd.RepErrInvalid, "TLS is spoken already")
+	case c.tls == nil:
+		return c.reply(nbd.OptStartTLS, nbd.RepErrPolicy, "this server speaks no TLS here: use an nbd:// or nbd+unix:// URI")
+	case c.in.Buffered() > 0: // what anybody could have put in must not count as said in TLS
+		return refused("it went on in the clear after it asked for TLS")
+	}
+	if err := c.reply(nbd.OptStartTLS, nbd.RepAck); err != nil {
+		return err
+	}
+	conn := tls.Server(c.link.raw, c.tls)
+	if err := conn.HandshakeContext(c.ctx); err != nil {
+		return refused("%w (its certificate must be signed by the CA in %s)", err, caFile)
+	}
+	c.link.rw, c.secure = conn, true
+	c.in.Reset(conn)
+	return nil
 }
 
 func (c *connection) exportName(name string) error {
 	e, err := c.server.find(name)
 	if err != nil {
-		return err // this option knows no error: the connection ends
+		return refused("%w", err) // this option knows no error: the connection ends
 	}
-	c.use(e)
-	pad := make([]byte, 124)
+	if err := c.use(e); err != nil {
+		return err
+	}
+	var pad [124]byte
 	if c.noZeroes {
-		pad = nil
+		return c.say(uint64(e.Device.Size()), c.flags(e))
 	}
-	return c.send(uint64(e.Device.Size()), c.flags(e), pad)
-}
-
-// use settles on an export; what was agreed on for another one is void.
-func (c *connection) use(e Export) {
-	c.export = e
-	c.allocation = c.allocation && c.structured && c.metaFor == e.Name
+	return c.say(uint64(e.Device.Size()), c.flags(e), pad)
 }
 
 func (c *connection) flags(e Export) uint16 {
@@ -171,14 +171,14 @@ func (c *connection) flags(e Export) uint16 {
 	if e.ReadOnly {
 		return uint16(f | nbd.ReadOnly)
 	}
-	return uint16(f | nbd.SendTrim | nbd.SendWriteZeroes)
+	return uint16(f | nbd.SendTrim | nbd.SendWriteZeroes | nbd.SendFastZero)
 }
 
 func (c *connection) list(data []byte) error {
 	if len(data) != 0 {
 		return c.reply(nbd.OptList, nbd.RepErrInvalid, "this option has no data")
 	}
-	for _, e := range c.server.Exports {
+	for _, e := range c.server.list() {
 		if err := c.reply(nbd.OptList, nbd.RepServer, uint32(len(e.Name)), e.Name, e.Description); err != nil {
 			return err
 		}
@@ -198,12 +198,16 @@ func str(data []byte) (s string, rest []byte, ok bool) {
 	return string(data[4 : 4+n]), data[4+n:], true
 }
 
+// info answers NBD_OPT_INFO and NBD_OPT_GO, with everything that there is to know.
 func (c *connection) info(opt uint32, data []byte) (bool, error) {
 	name, rest, ok := str(data)
 	if !ok || len(rest) < 2 || len(rest) != 2+2*int(be.Uint16(rest)) {
 		return false, c.reply(opt, nbd.RepErrInvalid, "the option's lengths do not fit")
 	}
 	e, err := c.server.find(name)
+	if err == nil && opt == nbd.OptGo {
+		err = c.use(e)
+	}
 	if err != nil {
 		return false, c.reply(opt, nbd.RepErrUnknown, err.Error())
 	}
@@ -214,48 +218,8 @@ func (c *connection) info(opt uint32, data []byte) (bool, error) {
 		c.reply(opt, nbd.RepInfo, uint16(nbd.InfoDesc), e.Description),
 		c.reply(opt, nbd.RepInfo, uint16(nbd.InfoBlockSize), smallest, max(smallest, 4096), uint32(payloadMax)),
 		c.reply(opt, nbd.RepAck))
-	if opt == nbd.OptGo {
-		c.use(e)
-	}
-	return opt == nbd.OptGo, err
-}
-
-// metaID is the only context that there is.
-const metaID = 1
-
-func (c *connection) meta(opt uint32, data []byte) error {
-	if !c.structured {
-		return c.reply(opt, nbd.RepErrInvalid, "ask for structured replies first")
-	}
-	name, rest, ok := str(data)
-	if !ok || len(rest) < 4 {
-		return c.reply(opt, nbd.RepErrInvalid, "the option's lengths do not fit")
-	}
-	queries := be.Uint32(rest)
-	rest = rest[4:]
-	wanted := opt == nbd.OptListMeta && queries == 0
-	for range queries {
-		var q string
-		if q, rest, ok = str(rest); !ok {
-			return c.reply(opt, nbd.RepErrInvalid, "the option's lengths do not fit")
-		}
-		wanted = wanted || q == nbd.BaseAllocation || opt == nbd.OptListMeta && strings.HasPrefix(nbd.BaseAllocation, q) && strings.HasSuffix(q, ":")
-	}
-	if len(rest) != 0 {
-		return c.reply(opt, nbd.RepErrInvalid, "the option's lengths do not fit")
-	}
-	e, err := c.server.find(name)
 	if err != nil {
-		return c.reply(opt, nbd.RepErrUnknown, err.Error())
+		return false, fmt.Errorf("answering option %d: %w", opt, err)
 	}
-	id := uint32(0)
-	if opt == nbd.OptSetMeta {
-		c.allocation, c.metaFor, id = wanted, e.Name, metaID
-	}
-	if wanted {
-		if err := c.reply(opt, nbd.RepMetaContext, id, nbd.BaseAllocation); err != nil {
-			return err
-		}
-	}
-	return c.reply(opt, nbd.RepAck)
+	return opt == nbd.OptGo, nil
 }

@@ -1,106 +1,260 @@
-// Package nbd serves block devices to NBD clients over unix sockets or
-// loopback TCP: our own server, as the ones in Go lack flush, structured
-// replies and block status. It follows the public protocol specification; the
-// newstyle handshake with fixed options only.
+// Package nbd serves block devices to NBD clients over unix sockets, loopback
+// TCP or TLS: our own server, as the ones in Go lack flush, structured
+// replies, block status and TLS. It follows the public protocol specification;
+// the newstyle handshake with fixed options only.
+//
+// A client is a stranger: any program of the machine can connect to loopback. What one
+// can make the server hold is bounded, every wait for its hand too (docs/nbd.md
+// lists the bounds), and what it sends wrong ends its own connection at most.
+//
+// One connection is one goroutine that reads requests, and one for each request
+// under way; they end before Serve, ServeConn and Remove return.
 package nbd
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
+	"slices"
 	"sync"
+	"syscall"
 	"time"
+
+	"golang.org/x/sync/semaphore"
+	"golang.org/x/time/rate"
 
 	"tidemark/internal/block"
 )
 
 // Export is a device under a name.
 type Export struct {
-	Name        string
-	Description string
+	Name        string // at most 4096 bytes; a client that names none gets the only export
+	Description string // at most 4096 bytes
 	Device      block.Device
 	ReadOnly    bool
-	BlockSize   int64 // smallest request, a power of two; 0: 1 byte
+	BlockSize   int64 // smallest request, a power of two up to 64 KiB; 0: 1 byte
+
+	// UndefinedReadsZero says that the device gives zeroes for extents that are
+	// block.Undefined, so that clients need not read them.
+	UndefinedReadsZero bool
+
+	// Bitmaps gives the change maps that there are; it is asked whenever a client
+	// asks for them, and may be nil. Clients know each as qemu:dirty-bitmap:NAME.
+	Bitmaps func() []Bitmap
 }
 
-// Bounds of what a client can make the server hold.
+// Bitmap is a change map under a name.
+type Bitmap struct {
+	Name string
+	Map  ChangeMap
+}
+
+// ChangeMap says what of a device has changed.
+type ChangeMap interface {
+	// Run says whether the byte at r.Off has changed, and how many bytes from there
+	// on, at least 1 and at most r.Len, are as it is. It is called concurrently.
+	Run(r block.Range) (length int64, changed bool, err error)
+}
+
+// Bounds of what clients can make the server hold, and of what it waits for.
 const (
-	payloadMax    = 32 << 20 // of one request
-	optionMax     = 64 << 10
-	optionsMax    = 256
-	workers       = 16 // requests of one connection at one time
+	nameMax       = 4096
+	payloadMax    = 32 << 20  // bytes of one request
+	clientMemory  = 64 << 20  // bytes of the requests of one connection
+	serverMemory  = 256 << 20 // bytes of the requests of all connections
+	optionMax     = 64 << 10  // bytes of one option
+	optionsMax    = 256       // of one handshake
+	workers       = 16        // requests of one connection at one time
 	connectionMax = 64
 	handshakeTime = 10 * time.Second
-	drainTime     = 5 * time.Second
+	stallTime     = time.Minute     // to send or take the next stallBytes of a payload
+	stallBytes    = 1 << 20         // or what is left of it
+	drainTime     = 5 * time.Second // to take the last replies when the server ends
 )
 
-// Server serves exports. Set Exports before Serve.
-type Server struct {
-	Exports []Export
+// Errors of a Server's exports.
+var (
+	ErrNoExport = errors.New("no such export")
+	ErrExport   = errors.New("an export that cannot be served")
+)
 
-	mu    sync.Mutex
-	conns map[net.Conn]bool
+// Server serves exports. Its zero value has none. All methods may be called concurrently.
+type Server struct {
+	// Log hears of clients that were refused or cut off, a few a second at most; nil: nobody does.
+	Log *slog.Logger
+
+	mu          sync.Mutex
+	exports     []Export
+	connections map[*connection]bool
+
+	once   sync.Once
+	memory *semaphore.Weighted
+	quiet  rate.Sometimes
+	pools  [10]sync.Pool // buffers, by power of two from 64 KiB
+}
+
+func (s *Server) init() {
+	s.once.Do(func() {
+		s.connections = map[*connection]bool{}
+		s.memory = semaphore.NewWeighted(serverMemory)
+		s.quiet = rate.Sometimes{First: 20, Interval: time.Second}
+	})
+}
+
+// Add serves one more export; new connections see it. ErrExport says why not.
+func (s *Server) Add(e Export) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case len(e.Name) > nameMax || len(e.Description) > nameMax:
+		return fmt.Errorf("%w: its name or description has more than %d bytes", ErrExport, nameMax)
+	case e.BlockSize < 0 || e.BlockSize > 64<<10 || e.BlockSize&(e.BlockSize-1) != 0:
+		return fmt.Errorf("%w: blocks of %d bytes; want a power of two up to 64 KiB", ErrExport, e.BlockSize)
+	case slices.ContainsFunc(s.exports, func(o Export) bool { return o.Name == e.Name }):
+		return fmt.Errorf("%w: the name %q is taken", ErrExport, e.Name)
+	}
+	s.exports = append(s.exports, e)
+	return nil
+}
+
+// Remove ends an export: its clients are hung up on. When it returns, none of
+// their requests is under way any more, so that the device can be closed.
+func (s *Server) Remove(name string) error {
+	s.init()
+	s.mu.Lock()
+	i := slices.IndexFunc(s.exports, func(e Export) bool { return e.Name == name })
+	if i < 0 {
+		s.mu.Unlock()
+		return fmt.Errorf("%q: %w", name, ErrNoExport)
+	}
+	s.exports = slices.Delete(s.exports, i, i+1)
+	var users []*connection
+	for c := range s.connections {
+		if c.user && c.export.Name == name {
+			users = append(users, c)
+		}
+	}
+	s.mu.Unlock()
+	for _, c := range users {
+		c.cancel()
+		c.link.raw.Close()
+	}
+	for _, c := range users {
+		<-c.ended
+	}
+	return nil
 }
 
 // Serve answers clients until ctx ends or the listener fails. It closes the
-// listener, gives requests under way a few seconds, and returns when every
-// goroutine of it has ended. The end of ctx is no error.
-func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	s.conns = map[net.Conn]bool{}
+// listener, gives replies under way a few seconds, and returns when every
+// goroutine of it has ended. The end of ctx is no error. A server may serve at several places.
+func (s *Server) Serve(ctx context.Context, l *Listener) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer l.Close()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
-	slots := make(chan struct{}, connectionMax)
 	var all sync.WaitGroup
-	var failed error
+	defer all.Wait() // after cancel, which ends them
+	defer cancel()
 	for {
-		slots <- struct{}{}
-		c, err := l.Accept()
-		if err != nil {
-			if ctx.Err() == nil {
-				failed = err
+		conn, err := l.Accept()
+		switch {
+		case ctx.Err() != nil:
+			if err == nil {
+				conn.Close()
 			}
-			break
+			return nil
+		case err != nil && transient(err):
+			s.complain("accepting NBD clients", "why", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(100 * time.Millisecond):
+			}
+			continue
+		case err != nil:
+			return err
 		}
-		s.add(c)
-		all.Go(func() {
-			defer func() { s.drop(c); <-slots }()
-			(&connection{server: s, conn: c}).serve()
-		})
+		c := s.connection(ctx, conn)
+		if c == nil {
+			s.complain("an NBD client was refused", "client", conn.RemoteAddr(), "why", fmt.Sprintf("there are %d connections", connectionMax))
+			conn.Close()
+			continue
+		}
+		c.tls = l.TLS
+		all.Go(func() { c.serve(c.handshake) })
 	}
-	l.Close()
-	s.hangUp(time.Now().Add(drainTime))
-	all.Wait()
-	return failed
 }
 
-func (s *Server) add(c net.Conn) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.conns[c] = true
-}
-
-func (s *Server) drop(c net.Conn) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.conns, c)
-	c.Close()
-}
-
-// hangUp ends reading at once, so that no new request comes, and writing at a time.
-func (s *Server) hangUp(at time.Time) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for c := range s.conns {
-		_ = errors.Join(c.SetReadDeadline(time.Now()), c.SetWriteDeadline(at)) // a closed one has ended already
+// ServeConn answers one client that has agreed on an export already by other
+// means, the kernel for example: requests and simple replies, no handshake. It
+// owns conn, and returns when the client is done or ctx ends.
+func (s *Server) ServeConn(ctx context.Context, conn net.Conn, name string) error {
+	e, err := s.find(name)
+	if err != nil {
+		conn.Close()
+		return err
 	}
+	c := s.connection(ctx, conn)
+	if c == nil {
+		conn.Close()
+		return fmt.Errorf("there are %d connections: no more are served", connectionMax)
+	}
+	c.serve(func() error { return c.use(e) })
+	return nil
+}
+
+// transient are errors of Accept that pass: the client is gone already, or this
+// process has too much open.
+func transient(err error) bool {
+	for _, e := range []error{syscall.ECONNABORTED, syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// connection makes one more, to be served; nil where there are too many.
+func (s *Server) connection(ctx context.Context, conn net.Conn) *connection {
+	s.init()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.connections) >= connectionMax {
+		return nil
+	}
+	c := newConnection(ctx, s, conn)
+	s.connections[c] = true
+	return c
 }
 
 func (s *Server) find(name string) (Export, error) {
-	for _, e := range s.Exports {
-		if e.Name == name || name == "" && len(s.Exports) == 1 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.findLocked(name)
+}
+
+func (s *Server) findLocked(name string) (Export, error) {
+	for _, e := range s.exports {
+		if e.Name == name || name == "" && len(s.exports) == 1 {
 			return e, nil
 		}
 	}
-	return Export{}, fmt.Errorf("no export %q", name)
+	return Export{}, fmt.Errorf("%.100q: %w", name, ErrNoExport)
+}
+
+func (s *Server) list() []Export {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.exports)
+}
+
+// complain tells the log, but not as often as a hostile client likes.
+func (s *Server) complain(what string, args ...any) {
+	s.init()
+	if s.Log != nil {
+		s.quiet.Do(func() { s.Log.Warn(what, args...) })
+	}
 }

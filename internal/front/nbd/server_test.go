@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -34,7 +33,7 @@ func (f *file) Extents(r block.Range) ([]block.Extent, error) {
 			return nil, err
 		}
 		state := block.Data
-		if len(bytes.Trim(b, "\x00")) == 0 {
+		if bytes.Equal(b, zeroes[:len(b)]) {
 			state = block.Zero
 		}
 		if n := len(out); n > 0 && out[n-1].State == state {
@@ -72,15 +71,30 @@ func device(t testing.TB, size int64) *file {
 // serve gives the URI of a server that ends, with all its goroutines, with the test.
 func serve(t testing.TB, exports ...Export) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "s")
-	uri := "nbd+unix:///" + exports[0].Name + "?socket=" + path
-	l, name, err := Listen(uri)
-	if err != nil || name != exports[0].Name {
-		t.Fatal(name, err)
+	return serveAt(t, "nbd+unix:///"+exports[0].Name+"?socket="+filepath.Join(t.TempDir(), "s"), server(t, exports...))
+}
+
+func server(t testing.TB, exports ...Export) *Server {
+	t.Helper()
+	s := &Server{}
+	for _, e := range exports {
+		if err := s.Add(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+func serveAt(t testing.TB, uri string, s *Server) string {
+	t.Helper()
+	testkit.NoLeaks(t)
+	l, err := Listen(uri)
+	if err != nil {
+		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- (&Server{Exports: exports}).Serve(ctx, l) }()
+	go func() { done <- s.Serve(ctx, l) }()
 	t.Cleanup(func() {
 		cancel()
 		select {
@@ -88,11 +102,11 @@ func serve(t testing.TB, exports ...Export) string {
 			if err != nil {
 				t.Error(err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(20 * time.Second):
 			t.Error("the server does not end")
 		}
 	})
-	return uri
+	return l.URI
 }
 
 func TestClients(t *testing.T) {
@@ -151,14 +165,15 @@ func TestReadOnly(t *testing.T) {
 }
 
 func TestWhereToListen(t *testing.T) {
-	for _, uri := range []string{"nbd://0.0.0.0:1/x", "nbd://example.com/x", "http://127.0.0.1/", "nbd+unix:///x", "nbds://127.0.0.1/", "::"} {
-		if l, _, err := Listen(uri); !errors.Is(err, ErrURI) {
+	for _, uri := range []string{"nbd://0.0.0.0:1/x", "nbd://example.com/x", "http://127.0.0.1/", "nbd+unix:///x", "nbds://127.0.0.1/", "::",
+		"nbd://127.0.0.1/?tls-certificates=/tmp", "nbd://127.0.0.1/?socket=/tmp/s", "nbd+unix:///x?socket=s&tls-hostname=y"} {
+		if l, err := Listen(uri); !errors.Is(err, ErrURI) {
 			t.Errorf("%s: %v, %v", uri, l, err)
 		}
 	}
 	path := filepath.Join(t.TempDir(), "s")
 	uri := "nbd+unix:///x?socket=" + path
-	l, _, err := Listen(uri)
+	l, err := Listen(uri)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,50 +186,7 @@ func TestWhereToListen(t *testing.T) {
 			c.Close()
 		}
 	}()
-	if _, _, err := Listen(uri); !errors.Is(err, ErrSocketInUse) {
+	if _, err := Listen(uri); !errors.Is(err, ErrSocketInUse) {
 		t.Errorf("a socket in use: %v", err)
 	}
 }
-
-// FuzzClient sends anything after a proper greeting: the server never crashes,
-// and always lets go.
-func FuzzClient(f *testing.F) {
-	option := func(opt uint32, data string) []byte {
-		b := be.AppendUint64(nil, 0x49484156454f5054)
-		return append(be.AppendUint32(be.AppendUint32(b, opt), uint32(len(data))), data...)
-	}
-	hello := []byte{0, 0, 0, 3}
-	f.Add(append(bytes.Clone(hello), option(7, "\x00\x00\x00\x01x\x00\x00")...))
-	f.Add(append(bytes.Clone(hello), option(10, "\x00\x00\x00\x01x\x00\x00\x00\x01\x00\x00\x00\x0fbase:allocation")...))
-	f.Add(append(append(bytes.Clone(hello), option(1, "x")...), append(be.AppendUint32(nil, 0x25609513), make([]byte, 24)...)...))
-	f.Add([]byte("GET / HTTP/1.1\r\n"))
-	f.Fuzz(func(t *testing.T, in []byte) {
-		server, client := net.Pipe()
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			defer server.Close()
-			c := &connection{server: &Server{Exports: []Export{{Name: "x", Device: memory(make([]byte, 8192))}}}, conn: server}
-			c.serve()
-		}()
-		go func() {
-			b := make([]byte, 4096)
-			for {
-				if _, err := client.Read(b); err != nil {
-					return
-				}
-			}
-		}()
-		_ = client.SetWriteDeadline(time.Now().Add(time.Second))
-		_, _ = client.Write(in) // the server may hang up in the middle
-		client.Close()
-		<-done
-	})
-}
-
-type memory []byte
-
-func (m memory) ReadAt(p []byte, off int64) (int, error)  { return copy(p, m[off:]), nil }
-func (m memory) WriteAt(p []byte, off int64) (int, error) { return copy(m[off:], p), nil }
-func (m memory) Flush() error                             { return nil }
-func (m memory) Size() int64                              { return int64(len(m)) }

@@ -1,12 +1,14 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -18,46 +20,93 @@ var ErrURI = errors.New("not an NBD URI to serve at")
 // ErrSocketInUse: another server answers there.
 var ErrSocketInUse = errors.New("the socket is in use")
 
-const defaultPort = "10809"
+const (
+	defaultPort = "10809"
+	forms       = "want nbd://127.0.0.1:PORT/NAME, nbd+unix:///NAME?socket=PATH, nbds://HOST:PORT/NAME?tls-certificates=DIR or nbds+unix:///NAME?socket=PATH&tls-certificates=DIR"
+)
 
-// Listen listens where an NBD URI says, and gives the export's name in it:
-// nbd://127.0.0.1:PORT/NAME, nbd://[::1]/NAME or nbd+unix:///NAME?socket=PATH.
-// Other addresses are refused: what is served is not encrypted, and asks nobody
-// who he is. A unix socket gets mode 0600 and goes with the listener; one that
-// nobody answers on is replaced.
-func Listen(uri string) (l net.Listener, name string, err error) {
-	u, err := url.Parse(uri)
-	if err != nil {
-		return nil, "", fmt.Errorf("%w: %w", ErrURI, err)
-	}
-	name = strings.TrimPrefix(u.Path, "/")
-	switch u.Scheme {
-	case "nbd":
-		port := u.Port()
-		if port == "" {
-			port = defaultPort
-		}
-		host := u.Hostname()
-		if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
-			return nil, "", fmt.Errorf("%q: %w: only loopback addresses and unix sockets are served; reach it from elsewhere through ssh -L", uri, ErrURI)
-		}
-		l, err = net.Listen("tcp", net.JoinHostPort(host, port))
-		if errors.Is(err, syscall.EADDRINUSE) {
-			err = fmt.Errorf("%w: %w", ErrSocketInUse, err)
-		}
-		return l, name, err
-	case "nbd+unix":
-		path := u.Query().Get("socket")
-		if path == "" || u.Host != "" {
-			return nil, "", fmt.Errorf("%q: %w: want nbd+unix:///NAME?socket=PATH", uri, ErrURI)
-		}
-		l, err = listenUnix(path)
-		return l, name, err
-	}
-	return nil, "", fmt.Errorf("%q: %w: want nbd://127.0.0.1:PORT/NAME or nbd+unix:///NAME?socket=PATH", uri, ErrURI)
+// Listener is a place to serve at.
+type Listener struct {
+	net.Listener
+	Export string      // the name in the URI
+	URI    string      // with the port that it got, where that was left to the kernel (port 0)
+	TLS    *tls.Config // clients must begin with TLS; nil: they cannot
 }
 
-func listenUnix(path string) (net.Listener, error) {
+// Listen listens where an NBD URI says:
+//
+//	nbd://127.0.0.1:PORT/NAME or nbd://[::1]/NAME        loopback addresses only
+//	nbd+unix:///NAME?socket=PATH
+//	nbds://HOST:PORT/NAME?tls-certificates=DIR           any address of this machine
+//	nbds+unix:///NAME?socket=PATH&tls-certificates=DIR
+//
+// Without TLS nothing is encrypted and nobody is asked who he is, so other
+// addresses than loopback are refused. DIR is as LoadTLS reads it. A unix socket gets mode 0600 and goes
+// with the listener; one that nobody answers on is replaced.
+func Listen(uri string) (*Listener, error) {
+	u, err := url.Parse(uri)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrURI, err)
+	}
+	l := &Listener{Export: strings.TrimPrefix(u.Path, "/")}
+	scheme, unix := strings.CutSuffix(u.Scheme, "+unix")
+	if scheme != "nbd" && scheme != "nbds" {
+		return nil, fmt.Errorf("%q: %w: %s", uri, ErrURI, forms)
+	}
+	for key := range u.Query() {
+		if !slices.Contains([]string{"socket", "tls-certificates"}, key) {
+			return nil, fmt.Errorf("%q: %w: %q means nothing here; %s", uri, ErrURI, key, forms)
+		}
+	}
+	dir, secure := u.Query().Get("tls-certificates"), scheme == "nbds"
+	if secure != (dir != "") {
+		return nil, fmt.Errorf("%q: %w: TLS takes both, nbds and tls-certificates=DIR; %s", uri, ErrURI, forms)
+	}
+	if secure {
+		if l.TLS, err = LoadTLS(dir); err != nil {
+			return nil, err
+		}
+	}
+	if unix {
+		l.Listener, err = listenUnix(u)
+	} else {
+		l.Listener, err = listenTCP(u, secure)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if !unix {
+		u.Host = l.Addr().String()
+	}
+	l.URI = u.String()
+	return l, nil
+}
+
+func listenTCP(u *url.URL, secure bool) (net.Listener, error) {
+	if u.Query().Has("socket") {
+		return nil, fmt.Errorf("%q: %w: a socket's path goes with nbd+unix or nbds+unix; %s", u, ErrURI, forms)
+	}
+	port := u.Port()
+	if port == "" {
+		port = defaultPort
+	}
+	host := u.Hostname()
+	ip := net.ParseIP(host)
+	if !secure && host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		return nil, fmt.Errorf("%q: %w: without TLS only loopback addresses and unix sockets are served; use nbds:// with certificates, or reach it from elsewhere through ssh -L", u, ErrURI)
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(host, port))
+	if errors.Is(err, syscall.EADDRINUSE) {
+		err = fmt.Errorf("%w: %w", ErrSocketInUse, err)
+	}
+	return l, err
+}
+
+func listenUnix(u *url.URL) (net.Listener, error) {
+	path := u.Query().Get("socket")
+	if path == "" || u.Host != "" {
+		return nil, fmt.Errorf("%q: %w: %s", u, ErrURI, forms)
+	}
 	if st, err := os.Lstat(path); err == nil {
 		if st.Mode()&fs.ModeSocket == 0 {
 			return nil, fmt.Errorf("%s is there and is no socket: %w", path, ErrSocketInUse)

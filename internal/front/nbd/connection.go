@@ -1,0 +1,237 @@
+package nbd
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+)
+
+var be = binary.BigEndian
+
+// errRefused is what the log hears of; other ends of a connection are everyday.
+var errRefused = errors.New("refused")
+
+func refused(format string, args ...any) error {
+	return fmt.Errorf("%w: %w", errRefused, fmt.Errorf(format, args...))
+}
+
+// connection is one client. Its reader goroutine owns all fields but those
+// below out and what server.mu guards.
+type connection struct {
+	server *Server
+	ctx    context.Context // ends with the connection
+	cancel func()
+	ended  chan struct{}
+	link   *link
+	in     *bufio.Reader
+
+	tls        *tls.Config // to be agreed on before all else; nil: the client may not
+	secure     bool
+	noZeroes   bool
+	structured bool
+	contexts   []metaContext // agreed on, for export metaFor
+	metaFor    string
+
+	export Export
+	user   bool // of export; guarded by server.mu, as writes of export are
+
+	memory *semaphore.Weighted
+	busy   sync.WaitGroup
+	out    sync.Mutex // one reply at a time
+}
+
+func newConnection(ctx context.Context, s *Server, conn net.Conn) *connection {
+	ctx, cancel := context.WithCancel(ctx)
+	l := &link{raw: conn, rw: conn}
+	return &connection{
+		server: s, ctx: ctx, cancel: cancel, ended: make(chan struct{}), link: l,
+		in: bufio.NewReaderSize(conn, 64<<10), memory: semaphore.NewWeighted(clientMemory),
+	}
+}
+
+// serve greets the client, answers it until it is gone, and forgets it.
+func (c *connection) serve(greet func() error) {
+	defer func() {
+		c.link.rw.Close()
+		c.cancel()
+		c.server.mu.Lock()
+		delete(c.server.connections, c)
+		c.server.mu.Unlock()
+		close(c.ended)
+	}()
+	stop := context.AfterFunc(c.ctx, c.link.hangUp)
+	defer stop()
+	c.link.both(handshakeTime)
+	err := greet()
+	if err == nil {
+		c.link.both(0)
+		err = c.transmission()
+	}
+	if errors.Is(err, errRefused) {
+		c.server.complain("an NBD client was cut off", "client", c.link.raw.RemoteAddr(), "why", err)
+	}
+}
+
+// use settles on an export; what was agreed on for another one is void.
+func (c *connection) use(e Export) error {
+	if !c.structured || c.metaFor != e.Name {
+		c.contexts = nil
+	}
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	if _, err := c.server.findLocked(e.Name); err != nil {
+		return err // removed in the meantime
+	}
+	c.export, c.user = e, true
+	return nil
+}
+
+// link is the client's connection, with a bound on each wait for the client.
+type link struct {
+	raw net.Conn           // bears the deadlines
+	rw  io.ReadWriteCloser // raw, or TLS over it
+
+	mu    sync.Mutex
+	ended bool // deadlines are set for the last time
+}
+
+// set sets a deadline from now on, 0 for none, unless the link is to end.
+func (l *link) set(deadline func(time.Time) error, d time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ended {
+		return
+	}
+	at := time.Time{}
+	if d > 0 {
+		at = time.Now().Add(d)
+	}
+	_ = deadline(at) // fails where it is closed, as what follows will
+}
+
+func (l *link) both(d time.Duration)    { l.set(l.raw.SetDeadline, d) }
+func (l *link) reading(d time.Duration) { l.set(l.raw.SetReadDeadline, d) }
+func (l *link) writing(d time.Duration) { l.set(l.raw.SetWriteDeadline, d) }
+
+// hangUp ends reading at once, so that no new request comes, and writing soon.
+func (l *link) hangUp() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ended = true
+	_ = errors.Join(l.raw.SetReadDeadline(time.Now()), l.raw.SetWriteDeadline(time.Now().Add(drainTime)))
+}
+
+// send writes header and payload. A client that does not take them in time is an error.
+func (l *link) send(head []byte, payload ...[]byte) error {
+	batch, size := net.Buffers{head}, len(head)
+	for _, p := range payload {
+		for len(p) > 0 {
+			piece := p[:min(len(p), stallBytes-size%stallBytes)]
+			p = p[len(piece):]
+			batch, size = append(batch, piece), size+len(piece)
+			if size%stallBytes != 0 {
+				continue
+			}
+			if err := l.flush(batch); err != nil {
+				return err
+			}
+			batch = nil
+		}
+	}
+	return l.flush(batch)
+}
+
+func (l *link) flush(batch net.Buffers) error {
+	if len(batch) == 0 {
+		return nil
+	}
+	l.writing(stallTime)
+	var err error
+	if l.rw == l.raw {
+		_, err = batch.WriteTo(l.raw)
+	} else { // TLS makes a record of each write
+		w := bufio.NewWriterSize(l.rw, 16<<10)
+		_, err = batch.WriteTo(w)
+		err = errors.Join(err, w.Flush())
+	}
+	var timeout net.Error
+	if errors.As(err, &timeout) && timeout.Timeout() {
+		return refused("it takes no reply: %w", err)
+	}
+	return err
+}
+
+// payload fills b from the client. One that stops in the middle is an error.
+func (c *connection) payload(b []byte) error {
+	if len(b) > c.in.Buffered() {
+		defer c.link.reading(0)
+	}
+	for len(b) > 0 {
+		n := min(len(b), stallBytes)
+		if n > c.in.Buffered() {
+			c.link.reading(stallTime)
+		}
+		if _, err := io.ReadFull(c.in, b[:n]); err != nil {
+			return stalled(err)
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+// skip reads n bytes from the client and forgets them.
+func (c *connection) skip(n int64) error {
+	defer c.link.reading(0)
+	for n > 0 {
+		c.link.reading(stallTime)
+		some, err := io.CopyN(io.Discard, c.in, min(n, stallBytes))
+		if err != nil {
+			return stalled(err)
+		}
+		n -= some
+	}
+	return nil
+}
+
+func stalled(err error) error {
+	var timeout net.Error
+	if errors.As(err, &timeout) && timeout.Timeout() {
+		return refused("it stopped in the middle of a request: %w", err)
+	}
+	return err
+}
+
+// hold takes a buffer of n bytes when there is room for one more among the
+// connection's and the server's; free gives it back.
+func (c *connection) hold(n uint32) (b []byte, free func(), err error) {
+	i, size := 0, int64(64<<10)
+	for size < int64(n) {
+		i, size = i+1, size*2
+	}
+	if err := c.memory.Acquire(c.ctx, size); err != nil {
+		return nil, nil, err
+	}
+	if err := c.server.memory.Acquire(c.ctx, size); err != nil {
+		c.memory.Release(size)
+		return nil, nil, err
+	}
+	p, ok := c.server.pools[i].Get().(*[]byte)
+	if !ok {
+		fresh := make([]byte, size)
+		p = &fresh
+	}
+	return (*p)[:n], func() {
+		c.server.pools[i].Put(p)
+		c.server.memory.Release(size)
+		c.memory.Release(size)
+	}, nil
+}

@@ -1,0 +1,161 @@
+package nbd
+
+import (
+	"errors"
+	"syscall"
+
+	"tidemark/internal/abi/nbd"
+	"tidemark/internal/block"
+)
+
+// errno is the one place where errors become the protocol's.
+func errno(err error) uint32 {
+	switch {
+	case errors.Is(err, block.ErrReadOnly):
+		return nbd.EPERM
+	case errors.Is(err, block.ErrBounds):
+		return nbd.EINVAL
+	case errors.Is(err, syscall.ENOSPC):
+		return nbd.ENOSPC
+	case errors.Is(err, syscall.ENOMEM):
+		return nbd.ENOMEM
+	}
+	return nbd.EIO
+}
+
+func (c *connection) write(head []byte, payload ...[]byte) error {
+	c.out.Lock()
+	defer c.out.Unlock()
+	return c.link.send(head, payload...)
+}
+
+func simple(cookie uint64, code uint32) []byte {
+	h := be.AppendUint32(make([]byte, 0, 16), nbd.SimpleMagic)
+	return be.AppendUint64(be.AppendUint32(h, code), cookie)
+}
+
+// chunk is the head of a part of a structured reply, n bytes follow.
+func chunk(cookie uint64, last bool, kind uint16, n int) []byte {
+	flags := uint16(0)
+	if last {
+		flags = nbd.ReplyFlagDone
+	}
+	h := be.AppendUint32(make([]byte, 0, 40), nbd.StructuredMagic)
+	h = be.AppendUint64(be.AppendUint16(be.AppendUint16(h, flags), kind), cookie)
+	return be.AppendUint32(h, uint32(n))
+}
+
+func (c *connection) done(r request) error {
+	if c.structured {
+		return c.write(chunk(r.cookie, true, nbd.ReplyNone, 0))
+	}
+	return c.write(simple(r.cookie, 0))
+}
+
+// messageMax bounds the text of an error, in bytes; the protocol allows 4096.
+const messageMax = 1024
+
+func (c *connection) fail(r request, code uint32, why string) error {
+	if !c.structured {
+		return c.write(simple(r.cookie, code))
+	}
+	why = why[:min(len(why), messageMax)]
+	h := chunk(r.cookie, true, nbd.ReplyError, 6+len(why))
+	return c.write(be.AppendUint16(be.AppendUint32(h, code), uint16(len(why))), []byte(why))
+}
+
+func (c *connection) read(r request) error {
+	pieces := []block.Extent{{Range: r.at(), State: block.Data}}
+	if c.structured && r.flags&nbd.CmdFlagDF == 0 && r.n >= 2*holeMin {
+		pieces = c.pieces(r.at())
+	}
+	for _, p := range pieces {
+		if p.State != block.Data {
+			continue
+		}
+		if err := readFull(c.export.Device, r.buf[p.Off-int64(r.off):][:p.Len], p.Off); err != nil {
+			return c.fail(r, errno(err), err.Error())
+		}
+	}
+	if !c.structured {
+		return c.write(simple(r.cookie, 0), r.buf)
+	}
+	c.out.Lock()
+	defer c.out.Unlock()
+	for i, p := range pieces {
+		last := i == len(pieces)-1
+		var err error
+		if p.State == block.Data {
+			h := be.AppendUint64(chunk(r.cookie, last, nbd.ReplyOffsetData, 8+int(p.Len)), uint64(p.Off))
+			err = c.link.send(h, r.buf[p.Off-int64(r.off):][:p.Len])
+		} else {
+			h := be.AppendUint64(chunk(r.cookie, last, nbd.ReplyOffsetHole, 12), uint64(p.Off))
+			err = c.link.send(be.AppendUint32(h, uint32(p.Len)))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Zeroes travel as holes where they are long enough to be worth a chunk of their own.
+const (
+	holeMin   = 32 << 10 // bytes
+	piecesMax = 64       // of one reply
+)
+
+// pieces cuts a range into data and holes, in order and gapless.
+func (c *connection) pieces(r block.Range) []block.Extent {
+	extents, err := c.export.extents(r)
+	if err != nil {
+		extents = nil // reading will tell
+	}
+	var out []block.Extent
+	add := func(n int64, s block.State) {
+		if last := len(out) - 1; last >= 0 && out[last].State == s {
+			out[last].Len += n
+		} else {
+			out = append(out, block.Extent{Range: block.Range{Off: r.Off, Len: n}, State: s})
+		}
+		r.Off, r.Len = r.Off+n, r.Len-n
+	}
+	for _, e := range extents {
+		if len(out) == piecesMax-1 {
+			break // the rest is one piece
+		}
+		s := block.Data
+		if c.export.zero(e.State) && e.Len >= holeMin {
+			s = block.Zero
+		}
+		add(e.Len, s)
+	}
+	if r.Len > 0 {
+		add(r.Len, block.Data)
+	}
+	return out
+}
+
+// status answers with what each context that was agreed on says.
+func (c *connection) status(r request) error {
+	most := statusMax
+	if r.flags&nbd.CmdFlagReqOne != 0 {
+		most = 1
+	}
+	var reply []byte
+	for i, m := range c.contexts {
+		found, err := m.describe(r.at(), most)
+		if err == nil && len(found) == 0 {
+			err = errRun
+		}
+		if err != nil {
+			return c.fail(r, errno(err), m.name+": "+err.Error())
+		}
+		h := chunk(r.cookie, i == len(c.contexts)-1, nbd.ReplyBlockStatus, 4+8*len(found))
+		reply = append(reply, be.AppendUint32(h, m.id)...)
+		for _, d := range found {
+			reply = be.AppendUint32(be.AppendUint32(reply, d.length), d.state)
+		}
+	}
+	return c.write(reply)
+}
