@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"tidemark/internal/block"
 	"tidemark/internal/disk"
 	"tidemark/internal/fill"
@@ -36,11 +38,14 @@ func (e *Env) dir(group string) string { return filepath.Join(e.StateDir, "group
 // assemble opens everything that a session needs, in this order, and undoes it
 // in reverse where a step fails:
 //
-//  1. the disks, found again by their identity;
-//  2. the vault and the right to write the group's history;
-//  3. the spool;
-//  4. the history: what is in the spool goes to the vault first;
+//  1. the vault and the right to write the group's history;
+//  2. the spool: what is in it goes to the vault, whatever became of the disks;
+//  3. the disks, found again by their identity;
+//  4. the history;
 //  5. the tap: the pinned one if it fits, otherwise a new one and a gap.
+//
+// Where the pinned tap does not fit, or disks are gone, what its ring holds is
+// moved into the history before anything else (salvage).
 func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *session, err error) {
 	settings, err := cfg.Settings.withDefaults()
 	if err != nil {
@@ -58,16 +63,6 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 			s = nil
 		}
 	}()
-	if s.disks, err = findDisks(cfg); err != nil {
-		return s, err
-	}
-	for _, d := range s.disks {
-		text, err := json.Marshal(d.Identity)
-		if err != nil {
-			return s, err
-		}
-		s.identities = append(s.identities, string(text))
-	}
 	if s.vault, err = vault.Open(ctx, cfg.Vault); err != nil {
 		return s, err
 	}
@@ -89,11 +84,17 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 	if s.cursor, err = s.spool.Cursor("vault"); err != nil {
 		return s, err
 	}
+	if err = s.shipSpool(ctx); err != nil {
+		return s, err
+	}
+	if err = s.identify(); err != nil {
+		return s, errors.Join(err, s.salvagePinned(ctx, env))
+	}
 	history, err := s.history(ctx)
 	if err != nil {
 		return s, err
 	}
-	if err = s.openTap(env); err != nil {
+	if history, err = s.openTap(ctx, env, history); err != nil {
 		return s, err
 	}
 	undo = append(undo, s.tap.Close)
@@ -107,6 +108,24 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 	s.filler = newFiller(files, settings.FillRate, s.tap.Producer)
 	undo = append(undo, func() error { return errors.Join(closeAll(files), s.filler.closeBases()) })
 	return s, s.resume(ctx, history)
+}
+
+// identify finds the disks, and notes how they are called in segments. Where it
+// fails they are called as they were when they were protected.
+func (s *session) identify() (err error) {
+	s.disks, err = findDisks(s.cfg)
+	for i, d := range s.cfg.Disks {
+		id := d.Identity
+		if err == nil {
+			id = s.disks[i].Identity
+		}
+		text, failed := json.Marshal(id)
+		if failed != nil {
+			return failed
+		}
+		s.identities = append(s.identities, string(text))
+	}
+	return err
 }
 
 func closeAll(files []*os.File) error {
@@ -155,20 +174,25 @@ func find(d DiskConfig) (*disk.Info, error) {
 	return nil, fmt.Errorf("disk %s (%s) is not on this machine: %w", d.Name, d.Identity, ErrOffline)
 }
 
-// history ships what the spool holds, then reads what the vault knows.
-func (s *session) history(ctx context.Context) (*timeline.History, error) {
+// shipSpool carries what the spool holds to the vault.
+func (s *session) shipSpool(ctx context.Context) error {
 	for !s.cursor.Drained() {
 		item, err := s.cursor.Next(ctx)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if err := s.vault.Put(ctx, s.lock, item.Path, item.Summary); err != nil {
-			return nil, err
+			return err
 		}
 		if err := s.cursor.Commit(item.Sequence); err != nil {
-			return nil, err
+			return err
 		}
 	}
+	return nil
+}
+
+// history reads what the vault knows; nil: nothing.
+func (s *session) history(ctx context.Context) (*timeline.History, error) {
 	h, err := timeline.Load(ctx, s.vault, s.cfg.Name)
 	if errors.Is(err, vault.ErrNoGroup) {
 		return nil, nil
@@ -205,28 +229,45 @@ func passthrough(d *disk.Info) tap.Passthrough {
 	return tap.Passthrough{Kind: tap.PassUnknown}
 }
 
-// openTap adopts the pinned tap where it sees these very disks.
-func (s *session) openTap(env *Env) error {
+// openTap adopts the pinned tap where it sees these very disks. Where it does
+// not, a new one takes its place; the history is then as salvage left it.
+func (s *session) openTap(ctx context.Context, env *Env, h *timeline.History) (*timeline.History, error) {
 	pin := s.cfg.Name
 	t, err := tap.Adopt(env.Instance, pin)
-	if err == nil && sameTargets(t.Targets(), s.targets()) {
+	switch {
+	case err == nil && sameTargets(t.Targets(), s.targets()):
 		s.tap = t
-		return nil
-	}
-	if err == nil {
+		return h, nil
+	case err == nil:
+		s.tap = t
+		if h, err = s.salvage(ctx, h); err != nil {
+			return h, errors.Join(err, t.Close())
+		}
 		err = t.Remove()
-	} else {
+	case passing(err):
+		return h, err // its ring may hold what is nowhere else
+	default:
 		if !errors.Is(err, tap.ErrNoPins) {
 			s.log.Warn("the pinned tap cannot be taken over", "group", s.cfg.Name, "error", err)
 		}
 		err = tap.Discard(env.Instance, pin)
 	}
 	if err != nil {
-		return err
+		return h, err
 	}
 	s.tap, err = tap.Start(tap.Config{Instance: env.Instance, Group: pin, RingBytes: s.settings.RingBytes, Targets: s.targets(),
 		Options: tap.Options{MetadataOnly: s.settings.Metadata}})
-	return err
+	return h, err
+}
+
+// passing says whether an error tells of a lack that waiting may mend.
+func passing(err error) bool {
+	for _, e := range []error{unix.ENOMEM, unix.EMFILE, unix.ENFILE, unix.EAGAIN, unix.EINTR, unix.EIO} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 func sameTargets(a, b []tap.Target) bool {
@@ -256,15 +297,14 @@ func (s *session) openDisks() ([]*os.File, error) {
 // resume continues the history where it ended: in the ring, if it is the ring
 // that the newest segment knows; otherwise with the whole of every disk unknown.
 func (s *session) resume(ctx context.Context, h *timeline.History) error {
-	var disks []fill.Disk
 	var whole []block.DiskRange
 	for i, d := range s.cfg.Disks {
-		disks = append(disks, fill.Disk{Size: d.Size, BlockSize: d.BlockSize})
 		whole = append(whole, block.DiskRange{Disk: i, Range: block.Range{Len: d.Size}})
 	}
-	s.engine = fill.New(disks)
+	s.engine = fill.New(s.sizes())
 	s.mode = newMode(s.tap.PayloadCaptured())
-	s.place = s.tap.Consumer()
+	s.place, s.skipBefore, s.seenDrops = s.tap.Consumer(), 0, 0
+	s.gapOpen, s.settled = false, 0
 	if !s.tap.PayloadCaptured() {
 		s.metadataMode()
 	} else {
@@ -273,14 +313,8 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 	cause := stream.CauseInitial
 	if h != nil {
 		s.carry(h)
-		last := h.Last()
-		// A consumer beyond the newest segment: what was between them is lost.
-		lost := s.tap.Consumer() > tap.Place(last.Source.Place)
-		if last.Source.Ring == s.tap.Identity() && !lost {
-			s.skipBefore, s.seenDrops = tap.Place(last.Source.Place), last.Source.Drops
-			s.gapSince = last.GapSince
-			if s.gapOpen = last.Settled == 0; !s.gapOpen {
-				s.settled = last.Settled
+		if s.continues(h) {
+			if !s.gapOpen {
 				return nil
 			}
 			if err := s.tap.SetEnds(true); err != nil { // before the producer's place is noted
@@ -307,6 +341,20 @@ func (s *session) metadataMode() {
 	s.health.Raise(health.Condition{Code: "metadata-mode", Severity: health.Warning, Subject: s.cfg.Name,
 		Detail: fmt.Sprintf("Payloads are not captured: only the ranges of writes are kept, and points exist only while the disks are idle. The reason: %v.", s.tap.WhyNoPayload()),
 		Remedy: "Restart the daemon to try again; tidemark doctor says what this machine can do."})
+}
+
+// continues says whether the tap's ring is the one that the history ends in, and
+// takes over where in it that is. A consumer beyond the newest segment says that
+// what was between them is lost.
+func (s *session) continues(h *timeline.History) bool {
+	last := h.Last()
+	if last.Source.Ring != s.tap.Identity() || s.tap.Consumer() > tap.Place(last.Source.Place) {
+		return false
+	}
+	s.skipBefore, s.seenDrops = tap.Place(last.Source.Place), last.Source.Drops
+	s.gapSince, s.settled = last.GapSince, last.Settled
+	s.gapOpen = last.Settled == 0
+	return true
 }
 
 // carry takes over what the history says of the past.

@@ -273,6 +273,7 @@ func (g *Group) try(ctx context.Context) *session {
 // fail notes why the group is offline; nil: it is not.
 func (g *Group) fail(err error) {
 	g.mu.Lock()
+	told := g.failed != nil && err != nil && g.failed.Error() == err.Error()
 	g.failed = err
 	g.mu.Unlock()
 	g.health.Clear("opening", g.cfg.Name)
@@ -280,7 +281,9 @@ func (g *Group) fail(err error) {
 		g.health.Clear("offline", g.cfg.Name)
 		return
 	}
-	g.env.Log.Error("the group is offline", "group", g.cfg.Name, "error", err)
+	if !told { // it is tried again every few seconds
+		g.env.Log.Error("the group is offline", "group", g.cfg.Name, "error", err)
+	}
 	g.health.Raise(health.Condition{Code: "offline", Severity: health.Error, Subject: g.cfg.Name,
 		Detail: "The group is offline: " + err.Error(), Remedy: "Bring back what is missing; it is tried again every few seconds. Capture goes on in the kernel as long as its ring has room."})
 }
