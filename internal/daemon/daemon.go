@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -43,15 +44,19 @@ var (
 )
 
 // Run runs the daemon until ctx ends. It shuts down in this order:
-//  1. the socket takes no new requests, and those under way get a moment;
-//  2. the groups stop, each after what its ring holds is durable in the spool;
-//     their taps stay and go on capturing;
-//  3. the socket is removed and the state folder let go.
+//  1. the socket goes, so that nobody asks for anything new; requests under way
+//     get a moment (shutdownMax), then they are cut off;
+//  2. the groups stop, all at once, each after what its ring holds is durable in
+//     the spool; their taps stay and go on capturing;
+//  3. the state folder is let go, last: whoever takes it over finds nobody at work.
 func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.StateDir, err = filepath.Abs(cfg.StateDir); err != nil {
 		return fmt.Errorf("state folder: %w", err)
 	}
-	lock, err := openState(cfg.StateDir)
+	if cfg.Socket, err = filepath.Abs(cfg.Socket); err != nil {
+		return fmt.Errorf("socket: %w", err)
+	}
+	lock, err := openState(cfg.StateDir, cfg.Socket)
 	if err != nil {
 		return err
 	}
@@ -66,14 +71,15 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		Holder: vault.Holder{Host: host, PID: os.Getpid(), Instance: instance, Since: time.Now()},
 	}}
 	svc.checkState()
+	listener, err := listen(cfg.Socket) // before the groups: a daemon that cannot be asked leaves their vaults alone
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
 	if err := svc.open(); err != nil {
 		return err
 	}
 	defer svc.stop()
-	listener, err := listen(cfg.Socket)
-	if err != nil {
-		return err
-	}
 	server := &http.Server{Handler: api.Handler(svc), ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(cfg.Log.Handler(), slog.LevelWarn)}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
@@ -82,18 +88,22 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	select {
 	case err = <-served:
 	case <-ctx.Done():
-		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
-		end, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-		defer cancel()
-		if server.Shutdown(end) != nil {
-			server.Close()
-		}
 	}
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+	end, cancel := context.WithTimeout(context.Background(), shutdownMax)
+	defer cancel()
+	if server.Shutdown(end) != nil {
+		server.Close()
+	}
+	cfg.Log.Info("tidemark is stopping; capture goes on in the kernel", "groups", len(svc.list()))
 	return err
 }
 
-// openState makes the state folder and takes the right to it.
-func openState(dir string) (*os.File, error) {
+// shutdownMax is how long requests under way may take when the daemon ends.
+const shutdownMax = 5 * time.Second
+
+// openState makes the state folder and takes the right to it, noting for others who has it.
+func openState(dir, socket string) (*os.File, error) {
 	if err := os.MkdirAll(filepath.Join(dir, "groups"), 0o700); err != nil {
 		return nil, unusable(err)
 	}
@@ -102,8 +112,16 @@ func openState(dir string) (*os.File, error) {
 		return nil, unusable(err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		defer f.Close()
+		who, _ := io.ReadAll(io.LimitReader(f, 4096)) // nothing yet: it is just starting
+		return nil, fmt.Errorf("the state folder %s is in use: %w%s\n  End that one, or give this one another --state and --socket.", dir, ErrRunning, strings.TrimRight(" "+string(who), " \n"))
+	}
+	if err = f.Truncate(0); err == nil {
+		_, err = fmt.Fprintf(f, "(process %d, which answers at %s)\n", os.Getpid(), socket)
+	}
+	if err != nil {
 		f.Close()
-		return nil, fmt.Errorf("the state folder %s is in use: %w\n  Give this one another --state and --socket.", dir, ErrRunning)
+		return nil, unusable(err)
 	}
 	return f, nil
 }

@@ -31,6 +31,7 @@ var probes = map[string]func() error{
 	"tap":   probeTap,
 	"loop":  func() error { return access("/dev/loop-control") },
 	"fuse":  func() error { return access("/dev/fuse") },
+	"tmpfs": probeShm,
 	"ext4":  tool("mkfs.ext4"),
 	"xfs":   tool("mkfs.xfs"),
 	"btrfs": tool("mkfs.btrfs"),
@@ -111,6 +112,18 @@ func probeURing() error {
 		return nil
 	}
 	return fmt.Errorf("io_uring: %w", errno)
+}
+
+// probeShm finds a folder in memory that anybody may write to.
+func probeShm() error {
+	var st unix.Statfs_t
+	if err := errors.Join(unix.Statfs("/dev/shm", &st), unix.Access("/dev/shm", unix.W_OK)); err != nil {
+		return err
+	}
+	if st.Type != unix.TMPFS_MAGIC {
+		return errors.New("/dev/shm is no tmpfs")
+	}
+	return nil
 }
 
 // tool gives a probe for programs that must be in PATH.

@@ -79,7 +79,11 @@ func call[T any](ctx context.Context, c *Client, method, path string, body any) 
 			return out, &Error{Code: CodeNoDaemon, Message: fmt.Sprintf("no daemon answers at %s: %v", c.socket, op.Err),
 				Remedy: "Start one with: tidemark daemon (or name its socket with --socket or TIDEMARK_SOCKET).", err: err}
 		}
-		return out, fmt.Errorf("daemon at %s: %w", c.socket, err)
+		if ctx.Err() != nil {
+			return out, fmt.Errorf("daemon at %s: %w", c.socket, err)
+		}
+		return out, &Error{Code: CodeNoDaemon, Message: fmt.Sprintf("the daemon at %s went away before it answered: %v", c.socket, errors.Unwrap(err)),
+			Remedy: "Start it again; tidemark status tells whether it was done.", err: err}
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode >= 300 {
