@@ -76,7 +76,6 @@ type session struct {
 	lastWatch  time.Time
 	quietScans int
 	watched    watched
-	territory  error // a disk changed: why
 
 	waiters map[uint64]*waiter
 	tokens  uint64
@@ -254,6 +253,7 @@ func (s *session) settle() error {
 	s.gapOpen, s.gapSince, s.settled = false, 0, from
 	s.mode.apply(evSettled)
 	s.filler.settle()
+	s.readable()
 	s.quietScans = 0
 	s.urgent = true
 	s.log.Info("consistent", "group", s.cfg.Name, "since", uint64(from))
@@ -330,8 +330,19 @@ func (s *session) readFailed(r *reading) {
 		Detail: "A block that the history needs cannot be read: " + r.err.Error(), Remedy: "Repair or replace the disk; points from before stay."})
 }
 
-// close lets go of everything; the tap stays pinned and goes on capturing.
+// readable takes back what readFailed said: every block is known by now.
+func (s *session) readable() {
+	for _, d := range s.cfg.Disks {
+		s.health.Clear("disk-read-failed", d.Name)
+	}
+}
+
+// close lets go of everything; the tap stays pinned and goes on capturing. What
+// held for this session only is no longer said: the next one finds out by itself.
 func (s *session) close() error {
+	s.health.Clear("spool-full", s.cfg.Name)
+	s.health.Clear("vault-unreachable", s.cfg.Name)
+	s.readable()
 	var errs []error
 	for _, f := range s.filler.disks {
 		errs = append(errs, f.Close())
