@@ -54,6 +54,16 @@ func mappingChanged(a, b *Mapping) []string {
 	return nil
 }
 
+// Fingerprint is a text that stays the same, within one boot, as long as the
+// disk maps to the same bytes: to tell whether it changed while nobody looked.
+func (i *Info) Fingerprint() string {
+	f := fmt.Sprintf("%d %d %d %d %s %q", i.Dev, i.DiskSeq, i.Start, i.Size, i.Kind, i.backingText())
+	if m := i.Mapping; m != nil {
+		f += fmt.Sprintf(" %q %s %d", m.UUID, m.Table, m.Event)
+	}
+	return f
+}
+
 func (i *Info) backingText() string {
 	if i.Backing == nil {
 		return "none"

@@ -34,7 +34,12 @@ func Watch(ctx context.Context, disks []*Info, fn func(Event)) error {
 	defer func() { cancel(); <-listening }()
 	go func() { // "uevents": ends with ctx
 		defer close(listening)
-		listen(ctx, hint)
+		Listen(ctx, func(Uevent) {
+			select {
+			case hint <- struct{}{}:
+			default: // one is waiting
+			}
+		})
 	}()
 	tick := time.NewTicker(PollEvery)
 	defer tick.Stop()
@@ -74,9 +79,16 @@ func look(old *Info) (Event, bool) {
 	return Event{Name: old.Name, Changed: what, Now: now}, len(what) > 0
 }
 
-// listen passes on that something happened to some block device. Where the
-// kernel does not let us listen, polling has to do.
-func listen(ctx context.Context, hint chan<- struct{}) {
+// Uevent is what the kernel tells of a block device.
+type Uevent struct {
+	Name    string // kernel name; empty: some were missed, of any device
+	Action  string // "add", "remove", "change" and others
+	Resized bool   // its size changed, perhaps back to what it was by now
+}
+
+// Listen calls fn for every event of a block device until ctx ends. It returns
+// at once where the kernel does not let us listen: polling has to do then.
+func Listen(ctx context.Context, fn func(Uevent)) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_KOBJECT_UEVENT)
 	if err != nil {
 		return
@@ -90,29 +102,34 @@ func listen(ctx context.Context, hint chan<- struct{}) {
 	buf := make([]byte, 16<<10)
 	for ctx.Err() == nil {
 		n, _, err := unix.Recvfrom(fd, buf, 0)
-		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
-			continue
-		}
-		// ENOBUFS: told of more than fits, so something happened.
-		if err != nil && !errors.Is(err, unix.ENOBUFS) {
+		switch {
+		case errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.ENOBUFS): // told of more than fits
+			fn(Uevent{})
+		case err != nil:
 			return
-		}
-		if err == nil && !ofBlock(buf[:n]) {
-			continue
-		}
-		select {
-		case hint <- struct{}{}:
-		default: // one is waiting
+		default:
+			if e, ok := parseUevent(buf[:n]); ok {
+				fn(e)
+			}
 		}
 	}
 }
 
-// ofBlock says whether a message of the kernel is about a block device.
-func ofBlock(msg []byte) bool {
+// parseUevent reads a message of the kernel; not ok: it is not about a block device.
+func parseUevent(msg []byte) (e Uevent, ok bool) {
 	for field := range strings.SplitSeq(string(msg), "\x00") {
-		if field == "SUBSYSTEM=block" {
-			return true
+		key, value, _ := strings.Cut(field, "=")
+		switch key {
+		case "SUBSYSTEM":
+			ok = value == "block"
+		case "ACTION":
+			e.Action = value
+		case "DEVNAME":
+			e.Name = strings.ReplaceAll(strings.TrimPrefix(value, "/dev/"), "/", "!")
+		case "RESIZE":
+			e.Resized = value == "1"
 		}
 	}
-	return false
+	return e, ok
 }

@@ -158,7 +158,8 @@ func (t *Tap) start() error {
 	if err := t.attach(coll); err != nil {
 		return err
 	}
-	mm, err := newMetaMap(meta{Layout: layout, Identity: t.ident, Targets: t.targets, Ring: int(t.ringSize), Options: t.options})
+	t.meta = meta{Layout: layout, Identity: t.ident, Targets: t.targets, Ring: int(t.ringSize), Options: t.options}
+	mm, err := newMetaMap(t.meta)
 	if err != nil {
 		return err
 	}
@@ -354,7 +355,7 @@ func Adopt(instance, group string) (*Tap, error) {
 	if err := rlimit.RemoveMemlock(); err != nil {
 		return nil, err
 	}
-	t := &Tap{pins: p, targets: m.Targets, ident: m.Identity, ringSize: uint64(m.Ring), options: m.Options}
+	t := &Tap{pins: p, targets: m.Targets, ident: m.Identity, ringSize: uint64(m.Ring), options: m.Options, meta: m}
 	if err := t.adopt(); err != nil {
 		return nil, errors.Join(fmt.Errorf("taking over the tap of group %s: %w", group, err), t.Close())
 	}

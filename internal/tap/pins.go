@@ -79,29 +79,34 @@ type meta struct {
 	Targets  []Target
 	Ring     int
 	Options  Options
+	Note     string `json:",omitempty"` // SetNote's
 }
 
 const metaSize = 64 << 10
 
 func newMetaMap(m meta) (*ebpf.Map, error) {
-	text, err := json.Marshal(m)
-	if err != nil {
-		return nil, err
-	}
-	if len(text) >= metaSize {
-		return nil, fmt.Errorf("the tap's description has %d bytes: at most %d: %w", len(text), metaSize-1, ErrConfig)
-	}
 	em, err := ebpf.NewMap(&ebpf.MapSpec{Name: "meta", Type: ebpf.Array, KeySize: 4, ValueSize: metaSize, MaxEntries: 1})
 	if err != nil {
 		return nil, err
 	}
-	value := make([]byte, metaSize)
-	copy(value, text)
-	if err := em.Put(uint32(0), value); err != nil {
+	if err := m.put(em); err != nil {
 		em.Close()
 		return nil, err
 	}
 	return em, nil
+}
+
+func (m meta) put(in *ebpf.Map) error {
+	text, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	if len(text) >= metaSize {
+		return fmt.Errorf("the tap's description has %d bytes: at most %d: %w", len(text), metaSize-1, ErrConfig)
+	}
+	value := make([]byte, metaSize)
+	copy(value, text)
+	return in.Put(uint32(0), value)
 }
 
 func (p pins) meta() (meta, error) {
@@ -129,6 +134,28 @@ func (p pins) meta() (meta, error) {
 		return m, fmt.Errorf("%s has layout %d, this build %d: %w", p.dir, m.Layout, layout, ErrLayout)
 	}
 	return m, nil
+}
+
+// Note is what SetNote kept; empty: nothing.
+func (t *Tap) Note() string { return t.meta.Note }
+
+// SetNote keeps a text, of at most a few KiB, beside the tap. Who adopts it finds it again.
+func (t *Tap) SetNote(note string) error {
+	if t.meta.Note == note {
+		return nil
+	}
+	em, err := ebpf.LoadPinnedMap(t.pins.path("meta"), nil)
+	if err != nil {
+		return fmt.Errorf("the tap's description: %w", err)
+	}
+	defer em.Close()
+	m := t.meta
+	m.Note = note
+	if err := m.put(em); err != nil {
+		return fmt.Errorf("the tap's description: %w", err)
+	}
+	t.meta = m
+	return nil
 }
 
 // Pin is one tap found pinned, whoever started it.

@@ -105,6 +105,7 @@ type Tap struct {
 	targets []Target
 	ident   [16]byte
 	options Options
+	meta    meta // as it is pinned
 
 	maps      map[string]*ebpf.Map
 	mark      *ebpf.Program
