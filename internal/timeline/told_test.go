@@ -1,0 +1,142 @@
+package timeline
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	"tidemark/internal/block"
+	"tidemark/internal/stream"
+)
+
+// These tell short histories by hand: what the random ones, which keep every
+// rule, do not come across.
+
+var (
+	wholeA = block.Range{Len: 64 << 10}
+	wholeB = block.Range{Len: 44<<10 + 3*512}
+)
+
+func gapOf(p stream.Position, ranges ...block.DiskRange) stream.Record {
+	return stream.Record{Kind: stream.KindGap, Position: p, Cause: stream.CauseInitial, Ranges: ranges, Time: int64(p)}
+}
+
+func zeroFill(disk int, rank, valid stream.Position, r block.Range) stream.Record {
+	return stream.Record{Kind: stream.KindFill, Fill: stream.FillZero, Disk: disk, Position: rank, ValidFrom: valid, Range: r}
+}
+
+func settledAt(p stream.Position) stream.Record {
+	return stream.Record{Kind: stream.KindSettled, Position: p}
+}
+
+func writeOf(p stream.Position, fill byte) stream.Record {
+	return stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: p, Range: block.Range{Len: 512}, Payload: slices.Repeat([]byte{fill}, 512), Time: int64(p)}
+}
+
+// beginning is a first copy of both disks, settled at position 1.
+func beginning() []stream.Record {
+	return []stream.Record{gapOf(1, block.DiskRange{Disk: 0, Range: wholeA}, block.DiskRange{Disk: 1, Range: wholeB}), zeroFill(0, 1, 1, wholeA), zeroFill(1, 1, 1, wholeB), settledAt(1)}
+}
+
+// told puts records into a vault, a segment each, and loads it.
+func told(t *testing.T, records []stream.Record) (*written, *History) {
+	t.Helper()
+	w := keep(t, &story{out: records}, 1, 1)
+	h, err := Load(t.Context(), w.v, "g")
+	if err != nil || h.Damage() != nil {
+		t.Fatalf("%v, %v", err, h.Damage())
+	}
+	return w, h
+}
+
+// found is what a verification says, a line each.
+func found(t *testing.T, w *written) string {
+	t.Helper()
+	r, err := Verify(t.Context(), w.v, "g", func(int64, int64) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lines []string
+	for _, d := range r.Damage {
+		lines = append(lines, d.String())
+	}
+	return strings.Join(lines, "\n")
+}
+
+// TestSettledTooEarly: a mark that names a position before its blocks were
+// known does not make a point there, and is found.
+func TestSettledTooEarly(t *testing.T) {
+	records := append(beginning()[:1], writeOf(2, 1), writeOf(3, 2), zeroFill(0, 1, 3, wholeA), zeroFill(1, 1, 1, wholeB), settledAt(1), writeOf(4, 3))
+	w, h := told(t, records)
+	if got := h.Stretches(); !slices.Equal(got, []Stretch{{First: 3, Last: 4}}) {
+		t.Errorf("stretches %v", got)
+	}
+	if got := found(t, w); !strings.Contains(got, "a stretch begins at 1, before all its blocks were known at 3") {
+		t.Errorf("found: %s", got)
+	}
+}
+
+// TestSettledTooSoon: a mark while a block is unknown is found.
+func TestSettledTooSoon(t *testing.T) {
+	records := []stream.Record{gapOf(1, block.DiskRange{Disk: 0, Range: wholeA}), zeroFill(0, 1, 1, block.Range{Len: 8 << 10}), settledAt(1)}
+	w, _ := told(t, records)
+	if got := found(t, w); !strings.Contains(got, "disk a, bytes 8192+57344") || !strings.Contains(got, "57344 bytes are unknown where a stretch begins; spoils points from seq:1") {
+		t.Errorf("found: %s", got)
+	}
+}
+
+// TestEmptyStretch: a mark that names a position that a gap cuts off makes no stretch.
+func TestEmptyStretch(t *testing.T) {
+	records := append(beginning()[:3], settledAt(2), gapOf(2, block.DiskRange{Disk: 0, Range: wholeA}), zeroFill(0, 2, 2, wholeA), settledAt(2), writeOf(3, 1))
+	_, h := told(t, records)
+	if got := h.Stretches(); !slices.Equal(got, []Stretch{{First: 2, Last: 3}}) {
+		t.Errorf("stretches %v", got)
+	}
+	if _, err := h.Resolve(stream.Spec{Position: 1}); !errors.Is(err, ErrInsideGap) {
+		t.Errorf("position 1: %v", err)
+	}
+}
+
+// TestLaterFillWins: of two fills of one rank the one that was appended later
+// holds, and either is above the write of their rank.
+func TestLaterFillWins(t *testing.T) {
+	data := func(fill byte) stream.Record {
+		return stream.Record{Kind: stream.KindFill, Fill: stream.FillData, Position: 2, ValidFrom: 2, Range: block.Range{Len: 512}, Payload: slices.Repeat([]byte{fill}, 512)}
+	}
+	records := append(beginning()[:1], writeOf(2, 1), data(7), data(8), zeroFill(0, 1, 1, wholeA), zeroFill(1, 1, 1, wholeB), settledAt(2))
+	_, h := told(t, records)
+	v, err := h.View(t.Context(), 0, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	if got := read(t, v)[0]; got != 8 {
+		t.Errorf("the first byte is %d", got)
+	}
+}
+
+// TestVerifyFindsBrokenRules: histories whose every checksum fits and that
+// nobody may have written.
+func TestVerifyFindsBrokenRules(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		records []stream.Record
+		want    string
+	}{
+		{"a position twice", append(beginning(), writeOf(2, 1), writeOf(2, 2)), "position 2 comes after 2"},
+		{"a position left out", append(beginning(), writeOf(2, 1), writeOf(4, 2)), "position 4 comes after 2"},
+		{"a fill that reaches into the stretch before", append(beginning(), writeOf(2, 1), gapOf(3, block.DiskRange{Range: wholeA}), zeroFill(0, 2, 3, wholeA), settledAt(3)),
+			"a fill of rank 2 reaches into the stretch that ended at 2"},
+		{"a fill where nothing is unknown", append(beginning(), writeOf(2, 1), zeroFill(0, 2, 2, wholeA)), "a fill of rank 2 where nothing is unknown"},
+	} {
+		w := keep(t, &story{out: c.records}, 1, 1)
+		if got := found(t, w); !strings.Contains(got, c.want) {
+			t.Errorf("%s: found %q, want %q", c.name, got, c.want)
+		}
+	}
+	sound := keep(t, &story{out: append(beginning(), writeOf(2, 1), writeOf(3, 2))}, 1, 1)
+	if got := found(t, sound); got != "" {
+		t.Errorf("a sound one: %s", got)
+	}
+}
