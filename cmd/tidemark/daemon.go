@@ -1,8 +1,11 @@
 package main
 
 import (
+	"context"
 	"log/slog"
 	"os"
+	"os/signal"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -11,7 +14,8 @@ import (
 
 func newDaemon() *cobra.Command {
 	var state string
-	var asJSON bool
+	var nodes string
+	var asJSON, force bool
 	cmd := &cobra.Command{
 		Use:   "daemon",
 		Short: "Run the daemon in the foreground",
@@ -23,11 +27,23 @@ not end the capture: that goes on in the kernel, and the next daemon takes over.
 			if asJSON {
 				h = slog.NewJSONHandler(os.Stderr, nil)
 			}
-			return daemon.Run(cmd.Context(), daemon.Config{StateDir: state, Socket: *socketFlagOf(cmd), Version: version, Log: slog.New(h)})
+			self, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			log := slog.New(h)
+			daemon.BecomeFlusher(log)
+			stop := make(chan os.Signal, 1)
+			signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
+			defer signal.Stop(stop)
+			return daemon.Run(context.WithoutCancel(cmd.Context()), daemon.Config{StateDir: state, Socket: *socketFlagOf(cmd), Version: version, Log: log,
+				DeviceHelper: []string{self, "device-helper"}, Nodes: nodes, Stop: stop, Force: force})
 		},
 	}
 	socketFlag(cmd)
 	cmd.Flags().StringVar(&state, "state", "/var/lib/tidemark", "folder for groups and what waits for their vaults")
+	cmd.Flags().StringVar(&nodes, "nodes", "/dev/tidemark", "folder for the names of served devices")
+	cmd.Flags().BoolVar(&force, "force", false, "end on a signal also while served devices are open")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "log JSON")
 	return cmd
 }

@@ -75,8 +75,8 @@ A first round trip:
 		return usageError{fmt.Errorf("%w\n  See: %s --help", err, cmd.CommandPath())}
 	})
 	root.AddCommand(newDaemon(), newProtect(), newUnprotect(), newStatus(), newBookmark(), newPoints(),
-		newRestore(), newExport(), newMount(), newVerify(), newDoctor(), newMan(), newMountServe())
-	for _, c := range root.Commands() {
+		newRestore(), newExport(), newMount(), newVerify(), newDoctor(), newDevice(), newMan(), newMountServe(), newDeviceHelper())
+	for _, c := range allCommands(root) {
 		c.Args, c.PreRunE, c.DisableFlagsInUseLine = checkArguments, checkRequired, true
 		if want := positionals(c.Use); len(want) > 0 && strings.Trim(want[0], "[]") == "GROUP" {
 			c.ValidArgsFunction = completeGroups
@@ -84,4 +84,12 @@ A first round trip:
 	}
 	addHelpers(root)
 	return root
+}
+
+// allCommands are the verbs and the verbs below them.
+func allCommands(of *cobra.Command) (out []*cobra.Command) {
+	for _, c := range of.Commands() {
+		out = append(append(out, c), allCommands(c)...)
+	}
+	return out
 }

@@ -25,6 +25,7 @@ import (
 	"tidemark/internal/control/api"
 	"tidemark/internal/health"
 	"tidemark/internal/protect"
+	"tidemark/internal/serve"
 	"tidemark/internal/vault"
 )
 
@@ -34,6 +35,13 @@ type Config struct {
 	Socket   string
 	Version  string
 	Log      *slog.Logger
+	// DeviceHelper is the command line of a process that calls the loop front's HelperMain.
+	DeviceHelper []string
+	// Nodes is the folder of the served devices' names; "" is /dev/tidemark.
+	Nodes string
+	// Stop asks the daemon to end. It is refused while served devices are open, unless Force.
+	Stop  <-chan os.Signal
+	Force bool
 }
 
 // What keeps a daemon from starting.
@@ -80,6 +88,10 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer svc.stop()
+	if svc.devices, err = serve.Open(ctx, &serve.Env{StateDir: cfg.StateDir, Nodes: cfg.Nodes, Helper: cfg.DeviceHelper, Log: cfg.Log, Taken: svc.takenByGroup}); err != nil {
+		return err
+	}
+	defer svc.stopDevices()
 	server := &http.Server{Handler: api.Handler(svc), ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(cfg.Log.Handler(), slog.LevelWarn)}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
@@ -87,7 +99,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady) // not under systemd: nothing to tell
 	select {
 	case err = <-served:
-	case <-ctx.Done():
+	case <-svc.mayStop(ctx, cfg):
 	}
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
 	end, cancel := context.WithTimeout(context.Background(), shutdownMax)

@@ -4,18 +4,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
 	"time"
 
+	"tidemark/internal/backing"
 	"tidemark/internal/control/api"
 	"tidemark/internal/disk"
 	"tidemark/internal/freeze"
 	"tidemark/internal/health"
 	"tidemark/internal/protect"
 	"tidemark/internal/segment"
+	"tidemark/internal/serve"
 	"tidemark/internal/stream"
 	"tidemark/internal/tap"
 	"tidemark/internal/vault"
@@ -26,6 +29,7 @@ type service struct {
 	version string
 	env     *protect.Env
 	health  health.Set
+	devices *serve.Server
 
 	making sync.Mutex // one group is made at a time; a vault that hangs must not keep status waiting
 	mu     sync.Mutex // held for a moment
@@ -91,7 +95,7 @@ func (s *service) find(name string) (*protect.Group, error) {
 }
 
 func (s *service) Status(ctx context.Context) (api.Status, error) {
-	out := api.Status{Version: s.version, Groups: []api.Group{}, Conditions: s.health.List()}
+	out := api.Status{Version: s.version, Groups: []api.Group{}, Conditions: append(s.health.List(), s.devices.Conditions()...)}
 	for _, g := range s.list() {
 		out.Groups = append(out.Groups, groupOf(g.Status(ctx)))
 	}
@@ -200,6 +204,16 @@ func coded(err error) error {
 		{vault.ErrNoGroup, api.CodeNotFound, ""},
 		{tap.ErrRingFull, api.CodeUnreachable, "The ring is full; try again when the spool drains, or give more with --ring-size."},
 		{vault.ErrUnreachable, api.CodeUnreachable, ""},
+		{serve.ErrName, api.CodeUsage, "Give another --name."},
+		{serve.ErrExists, api.CodeInUse, "Give another --name."},
+		{serve.ErrInUse, api.CodeInUse, ""},
+		{serve.ErrNotFound, api.CodeNotFound, "tidemark device ls lists the devices."},
+		{serve.ErrFront, api.CodeRefused, "tidemark doctor says what this machine can do."},
+		{backing.ErrInUse, api.CodeInUse, "Unmount it, or end what has it open."},
+		{backing.ErrKind, api.CodeRefused, "Name a disk or an image file."},
+		{serve.ErrSize, api.CodeUsage, ""},
+		{serve.ErrDamaged, api.CodeDamaged, ""},
+		{fs.ErrNotExist, api.CodeNotFound, ""},
 		{protect.ErrOffline, api.CodeUnreachable, ""},
 	} {
 		if errors.Is(err, c.is) {

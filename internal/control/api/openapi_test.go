@@ -49,6 +49,8 @@ func TestOpenAPISchemas(t *testing.T) {
 		"Status": reflect.TypeFor[Status](), "Group": reflect.TypeFor[Group](), "Disk": reflect.TypeFor[Disk](),
 		"ProtectRequest": reflect.TypeFor[ProtectRequest](), "BookmarkRequest": reflect.TypeFor[BookmarkRequest](),
 		"Bookmark": reflect.TypeFor[Bookmark](), "LiveDisk": reflect.TypeFor[LiveDisk](), "Condition": reflect.TypeFor[health.Condition](),
+		"Device": reflect.TypeFor[Device](), "Filter": reflect.TypeFor[Filter](), "DeviceRequest": reflect.TypeFor[DeviceRequest](),
+		"ResizeRequest": reflect.TypeFor[ResizeRequest](),
 	}
 	for name, typ := range types {
 		var want, got []string

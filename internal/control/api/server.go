@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 )
 
 //go:embed openapi.json
@@ -22,7 +23,9 @@ type route struct {
 	handle       func(s Service, r *http.Request) (any, error)
 }
 
-var routes = []route{
+var routes = slices.Concat(groupRoutes, deviceRoutes)
+
+var groupRoutes = []route{
 	{"GET", "/v1/status", func(s Service, r *http.Request) (any, error) { return s.Status(r.Context()) }},
 	{"POST", "/v1/groups", postGroup},
 	{"DELETE", "/v1/groups/{name}", deleteGroup},

@@ -113,6 +113,7 @@ type LiveDisk struct {
 // Service is what the daemon does for its clients. Methods are called concurrently;
 // their errors should be, or wrap, *Error where a client is to branch on them.
 type Service interface {
+	Devices
 	Status(ctx context.Context) (Status, error)
 	Protect(ctx context.Context, r ProtectRequest) (Group, error)
 	Unprotect(ctx context.Context, group string, abandon bool) error

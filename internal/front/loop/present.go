@@ -90,6 +90,12 @@ func (p *Presented) Detach(ctx context.Context) error {
 	return err
 }
 
+// Forget detaches a loop device whose server is gone. loop.ErrBusy: somebody
+// still has it open, and gets nothing but I/O errors.
+func Forget(ctx context.Context, helper []string, path string) error {
+	return (&Presented{helper: helper}).run(ctx, "detach", path)
+}
+
 func (p *Presented) run(ctx context.Context, args ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, helperTime)
 	defer cancel()

@@ -1,0 +1,233 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"github.com/jedib0t/go-pretty/v6/table"
+	"github.com/spf13/cobra"
+
+	"tidemark/internal/control/api"
+	"tidemark/internal/front/loop"
+)
+
+func newDevice() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "device",
+		Short: "Serve a disk or image file as a device with filters in front of it",
+		Long: `A served device stands in front of a disk or image file. Its requests pass through
+filters: change tracking, snapshots, barriers, capture. It is a block device of
+its own (/dev/tidemark/NAME), or an NBD server that needs no privileges.
+
+A served device depends on its server, the daemon. The fronts differ in what
+happens when the daemon ends:
+  ublk        requests wait for the next daemon
+  nbd         requests wait for the next daemon, for a bounded time
+  loop        requests fail: whoever has it open sees I/O errors
+  nbd-server  connections end; clients that reconnect go on`,
+		Example: "  tidemark device create --backing /srv/disk.img --name data\n  tidemark device ls",
+		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(newDeviceCreate(), newDeviceList(), newDeviceRemove(), newDeviceResize(), newDeviceFilters())
+	return cmd
+}
+
+func newDeviceCreate() *cobra.Command {
+	var req api.DeviceRequest
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "create --backing PATH",
+		Short: "Make a served device and print its node",
+		Long: `Makes a device that comes back whenever the daemon starts, and prints its node:
+/dev/tidemark/NAME, or for nbd-server an NBD URI. The backing must not be in use.`,
+		Example: `  tidemark device create --backing /dev/sdb --name data
+  tidemark device create --backing disk.img --front nbd-server --listen nbd://127.0.0.1:10809/disk`,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if req.Backing, err = filepath.Abs(req.Backing); err != nil {
+				return err
+			}
+			if req.Name == "" {
+				if req.Name = nameFrom(req.Backing); req.Name == "" {
+					return usageError{fmt.Errorf("no name can be made of %s: give one with --name", req.Backing)}
+				}
+			}
+			d, err := dial(socketFlagOf(cmd)).CreateDevice(cmd.Context(), req)
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(d)
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), d.Node)
+			return nil
+		},
+	}
+	socketFlag(cmd)
+	f := cmd.Flags()
+	f.StringVar(&req.Backing, "backing", "", "the disk or image file behind it")
+	f.StringVar(&req.Name, "name", "", "its name (default: made of the backing's)")
+	f.StringVar(&req.Front, "front", "auto", "how it is shown: auto, ublk, nbd, loop or nbd-server")
+	f.StringVar(&req.Listen, "listen", "", "where nbd-server listens, an NBD URI (default: a unix socket in the state folder)")
+	f.BoolVar(&req.ReadOnly, "read-only", false, "take no writes")
+	f.BoolVar(&asJSON, "json", false, "print JSON")
+	_ = cmd.MarkFlagRequired("backing")
+	_ = cmd.RegisterFlagCompletionFunc("front", cobra.FixedCompletions([]string{"auto", "ublk", "nbd", "loop", "nbd-server"}, cobra.ShellCompDirectiveNoFileComp))
+	return cmd
+}
+
+var notInNames = regexp.MustCompile(`[^A-Za-z0-9._-]+`)
+
+// nameFrom makes a device's name of a path, "" where nothing is left of it.
+func nameFrom(path string) string {
+	base := filepath.Base(path)
+	base = strings.TrimSuffix(base, filepath.Ext(base))
+	name := strings.Trim(notInNames.ReplaceAllString(base, "-"), "._-")
+	return name[:min(len(name), 64)]
+}
+
+func newDeviceList() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:     "ls",
+		Short:   "List the served devices",
+		Example: "  tidemark device ls\n  tidemark device ls --json",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			devices, err := dial(socketFlagOf(cmd)).Devices(cmd.Context())
+			if err != nil {
+				return err
+			}
+			out := cmd.OutOrStdout()
+			if asJSON {
+				return json.NewEncoder(out).Encode(devices)
+			}
+			if len(devices) == 0 {
+				fmt.Fprintln(out, "No device is served. Begin with: tidemark device create --backing PATH")
+				return nil
+			}
+			var rows []table.Row
+			for _, d := range devices {
+				state := "idle"
+				switch {
+				case d.Node == "":
+					state = "offline"
+				case d.Open:
+					state = "open"
+				}
+				rows = append(rows, table.Row{d.Name, d.Front, state, formatSize(d.SizeBytes), d.Node, d.Backing})
+			}
+			printTable(out, table.Row{"NAME", "FRONT", "STATE", "SIZE", "NODE", "BACKING"}, rows)
+			for _, d := range devices {
+				printConditions(out, d.Conditions)
+			}
+			return nil
+		},
+	}
+	socketFlag(cmd)
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func newDeviceRemove() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "rm NAME",
+		Short:   "Remove a served device; what is behind it stays",
+		Example: "  tidemark device rm data",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return dial(socketFlagOf(cmd)).RemoveDevice(cmd.Context(), args[0])
+		},
+		ValidArgsFunction: completeDevices,
+	}
+	socketFlag(cmd)
+	return cmd
+}
+
+func newDeviceResize() *cobra.Command {
+	var text string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "resize NAME",
+		Short: "Make a device as large as what is behind it",
+		Long: `Tells the device's users how large its backing is by now. With --size a backing
+file is made as large first. A device never becomes smaller.`,
+		Example: "  tidemark device resize data --size 20G",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			size, err := parseSize(text)
+			if err != nil {
+				return usageError{fmt.Errorf("--size: %w", err)}
+			}
+			d, err := dial(socketFlagOf(cmd)).ResizeDevice(cmd.Context(), args[0], api.ResizeRequest{SizeBytes: size})
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(d)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "Device %s has %s.\n", d.Name, formatSize(d.SizeBytes))
+			return nil
+		},
+		ValidArgsFunction: completeDevices,
+	}
+	socketFlag(cmd)
+	cmd.Flags().StringVar(&text, "size", "", "size for the backing file, which must be larger than it is")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func newDeviceFilters() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:     "filters NAME",
+		Short:   "List the filters of a device, highest altitude first",
+		Example: "  tidemark device filters data",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			devices, err := dial(socketFlagOf(cmd)).Devices(cmd.Context())
+			if err != nil {
+				return err
+			}
+			for _, d := range devices {
+				if d.Name != args[0] {
+					continue
+				}
+				if asJSON {
+					return json.NewEncoder(cmd.OutOrStdout()).Encode(d.Filters)
+				}
+				var rows []table.Row
+				for _, f := range d.Filters {
+					rows = append(rows, table.Row{f.Altitude, f.Name})
+				}
+				printTable(cmd.OutOrStdout(), table.Row{"ALTITUDE", "FILTER"}, rows)
+				return nil
+			}
+			return &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("no device %q", args[0]), Remedy: "tidemark device ls lists the devices."}
+		},
+		ValidArgsFunction: completeDevices,
+	}
+	socketFlag(cmd)
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+// newDeviceHelper is what the daemon starts to touch a loop device that it serves itself.
+func newDeviceHelper() *cobra.Command {
+	return &cobra.Command{Use: "device-helper ACTION ABOUT", Hidden: true, RunE: func(_ *cobra.Command, args []string) error { return loop.HelperMain(args) }}
+}
+
+func completeDevices(cmd *cobra.Command, args []string, begun string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), completeWithin)
+	defer cancel()
+	devices, _ := dial(socketFlagOf(cmd)).Devices(ctx) // nothing to offer is all that can be said here
+	var out []string
+	for _, d := range devices {
+		if strings.HasPrefix(d.Name, begun) {
+			out = append(out, d.Name)
+		}
+	}
+	return out, cobra.ShellCompDirectiveNoFileComp
+}

@@ -1,0 +1,269 @@
+// Package serve assembles served devices: a backing disk or image file, the
+// stack of filters over it, and a front that shows it to the kernel or to NBD
+// clients. It remembers them in the state folder, so that they come back after
+// a restart of the daemon, under the same names.
+package serve
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"tidemark/internal/backing"
+	"tidemark/internal/health"
+	"tidemark/internal/stack"
+)
+
+// What callers branch on. The error's text says more.
+var (
+	ErrName     = errors.New("not a name for a device")
+	ErrExists   = errors.New("there is a device with that name")
+	ErrNotFound = errors.New("no such device")
+	ErrInUse    = errors.New("in use")
+	ErrFront    = errors.New("this front cannot be had here")
+	ErrSize     = errors.New("not a size for the device")
+	ErrDamaged  = errors.New("what is remembered of the device is damaged")
+)
+
+// Env is what all devices of a daemon share.
+type Env struct {
+	StateDir string
+	// Nodes is the folder of the names that users see; "" is /dev/tidemark.
+	Nodes string
+	// Helper is the command line of a process that calls the loop front's HelperMain.
+	Helper []string
+	Log    *slog.Logger
+	// Taken says who else of this daemon uses a path, "" for nobody; nil: nobody.
+	Taken func(path string) string
+}
+
+// Server holds the served devices of a daemon. All methods may be called concurrently.
+type Server struct {
+	env     *Env
+	fronts  map[string]front
+	system  *stack.System
+	health  health.Set
+	folder  string
+	changes sync.Mutex // one device is made or removed at a time
+
+	mu      sync.Mutex // held for a moment
+	devices map[string]*Device
+}
+
+// Device is one served device.
+type Device struct {
+	spec   Spec
+	health health.Set
+	lower  *backing.Device
+	stack  *stack.Stack
+	served served // nil where it could not be brought back
+}
+
+// Open brings back the devices that the state folder remembers. One that cannot
+// come back is there all the same, with a condition that says why.
+func Open(ctx context.Context, env *Env) (*Server, error) {
+	s := &Server{env: env, fronts: newFronts(env), folder: filepath.Join(env.StateDir, "devices"), devices: map[string]*Device{}}
+	s.system = stack.New(stack.Config{}, &s.health)
+	if env.Nodes == "" {
+		env.Nodes = "/dev/tidemark"
+	}
+	entries, err := os.ReadDir(s.folder)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	for _, e := range entries {
+		name, ok := strings.CutSuffix(e.Name(), recordSuffix)
+		if !ok || CheckName(name) != nil {
+			continue
+		}
+		d := &Device{spec: Spec{Name: name}}
+		r, err := s.load(name)
+		if err == nil && !r.Made { // killed while it was made: nobody was told of it
+			err = errors.Join(s.front(r.Spec.Front).forget(ctx, r.Memory), s.erase(name))
+			if err == nil {
+				continue
+			}
+		} else if err == nil {
+			d.spec = r.Spec
+			err = s.bring(ctx, d, r.Memory)
+		}
+		if err != nil {
+			env.Log.Error("a served device is not there", "device", name, "error", err)
+			d.health.Raise(health.Condition{Code: "device-offline", Severity: health.Error, Subject: name, Detail: err.Error(),
+				Remedy: "Mend what it names and start the daemon again, or remove the device: tidemark device rm " + name + "."})
+		}
+		s.devices[name] = d
+	}
+	return s, nil
+}
+
+// Create makes a device and remembers it. On any error nothing is left.
+func (s *Server) Create(ctx context.Context, spec Spec) (Info, error) {
+	s.changes.Lock()
+	defer s.changes.Unlock()
+	if err := s.check(&spec); err != nil {
+		return Info{}, err
+	}
+	d := &Device{spec: spec}
+	if err := s.save(record{Spec: spec}); err != nil {
+		return Info{}, err
+	}
+	err := s.bring(ctx, d, nil)
+	if err == nil {
+		if err = s.save(record{Spec: spec, Made: true, Memory: d.served.memory()}); err != nil {
+			err = errors.Join(err, s.take(ctx, d))
+		}
+	}
+	if err != nil {
+		return Info{}, errors.Join(err, s.erase(spec.Name))
+	}
+	s.mu.Lock()
+	s.devices[spec.Name] = d
+	s.mu.Unlock()
+	return s.info(d), nil
+}
+
+// bring opens the backing and puts the front over it; memory is the front's, of the process before.
+func (s *Server) bring(ctx context.Context, d *Device, memory json.RawMessage) (err error) {
+	if d.lower, err = backing.Open(d.spec.Backing, backing.Options{ReadOnly: d.spec.ReadOnly}); err != nil {
+		return err
+	}
+	if err := lockMemory(); err != nil && d.spec.Front != FrontNBDServer { // whose clients are elsewhere, and which needs no privileges
+		d.health.Raise(health.Condition{Code: "memory-not-locked", Severity: health.Warning, Subject: d.spec.Name,
+			Detail: "The server's memory cannot be locked: " + err.Error() + ". Under memory pressure the device may stall.",
+			Remedy: "Let the daemon lock memory (LimitMEMLOCK=infinity, CAP_IPC_LOCK)."})
+	}
+	if d.stack, err = s.system.Add(d.spec.Name, d.lower); err != nil {
+		return errors.Join(err, d.lower.Close())
+	}
+	served, err := s.front(d.spec.Front).serve(ctx, d.spec, shown{d.stack, d.lower.Limits()}, memory)
+	if err != nil {
+		return errors.Join(err, s.system.Remove(d.spec.Name), d.lower.Close())
+	}
+	d.served = served
+	if err := s.link(d); err != nil {
+		return errors.Join(err, s.take(ctx, d))
+	}
+	return nil
+}
+
+// take ends a device for good. ErrInUse: it is open, and nothing was done.
+func (s *Server) take(ctx context.Context, d *Device) error {
+	if d.served == nil {
+		return nil
+	}
+	if err := d.served.remove(ctx); err != nil {
+		return err
+	}
+	d.served = nil
+	return errors.Join(s.unlink(d), s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
+}
+
+// Remove ends a device. The backing stays as it is. ErrInUse: it is open.
+func (s *Server) Remove(ctx context.Context, name string) error {
+	s.changes.Lock()
+	defer s.changes.Unlock()
+	d, err := s.find(name)
+	if err != nil {
+		return err
+	}
+	if d.served == nil {
+		if r, err := s.load(name); err == nil {
+			if err := s.front(r.Spec.Front).forget(ctx, r.Memory); err != nil {
+				return err
+			}
+		}
+	} else if err := s.take(ctx, d); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	if err := s.erase(name); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	delete(s.devices, name)
+	s.mu.Unlock()
+	return nil
+}
+
+// Resize makes the device as large as its backing is by now; where that is a
+// file and size is not 0, the file gets that size first. Bytes; a device never
+// becomes smaller. ErrSize says why not.
+func (s *Server) Resize(ctx context.Context, name string, size int64) (Info, error) {
+	s.changes.Lock()
+	defer s.changes.Unlock()
+	d, err := s.find(name)
+	if err != nil {
+		return Info{}, err
+	}
+	if d.served == nil {
+		return Info{}, fmt.Errorf("%s: %w", name, ErrNotFound)
+	}
+	if err := d.lower.Grow(size); err != nil {
+		return Info{}, fmt.Errorf("%s: %w: %w", name, ErrSize, err)
+	}
+	d.stack.Resized()
+	if err := d.served.resized(ctx); err != nil {
+		return Info{}, fmt.Errorf("%s: telling its users of the new size: %w", name, err)
+	}
+	return s.info(d), nil
+}
+
+// InUse lists the names of devices that somebody has open.
+func (s *Server) InUse() []string {
+	var out []string
+	for _, d := range s.list() {
+		if d.served != nil && d.served.open() {
+			out = append(out, d.spec.Name)
+		}
+	}
+	return out
+}
+
+// Stop lets go of the devices: those whose front outlives this process wait for
+// the next one, the others end.
+func (s *Server) Stop(ctx context.Context) error {
+	s.changes.Lock()
+	defer s.changes.Unlock()
+	var errs []error
+	for _, d := range s.list() {
+		if d.served == nil {
+			continue
+		}
+		errs = append(errs, d.served.pause(ctx), s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
+		if !d.served.outlives() {
+			errs = append(errs, s.unlink(d))
+		}
+		d.served = nil
+	}
+	return errors.Join(append(errs, s.system.Close())...)
+}
+
+// Conditions are what is wrong with the filters of any device.
+func (s *Server) Conditions() []health.Condition { return s.health.List() }
+
+func (s *Server) find(name string) (*Device, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if d := s.devices[name]; d != nil {
+		return d, nil
+	}
+	return nil, fmt.Errorf("%q: %w", name, ErrNotFound)
+}
+
+func (s *Server) list() []*Device {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []*Device
+	for _, d := range s.devices {
+		out = append(out, d)
+	}
+	slices.SortFunc(out, func(a, b *Device) int { return strings.Compare(a.spec.Name, b.spec.Name) })
+	return out
+}

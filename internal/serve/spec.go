@@ -1,0 +1,112 @@
+package serve
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"tidemark/internal/health"
+	"tidemark/internal/stack"
+)
+
+// Spec is what a user asks for.
+type Spec struct {
+	Name    string `json:"name"`
+	Backing string `json:"backing"` // absolute path of a disk or file
+	Front   string `json:"front"`   // of Fronts, or "auto"
+	// Listen is where the front nbd-server listens, as an NBD URI; "" is a unix socket in the state folder.
+	Listen   string `json:"listen,omitempty"`
+	ReadOnly bool   `json:"read_only,omitempty"`
+}
+
+// Info is how a device is.
+type Info struct {
+	Spec
+	Node       string             // a block device, or an NBD URI
+	Kernel     string             // the kernel's own name for it; "" for nbd-server
+	Size       int64              // bytes
+	Open       bool               // somebody uses it
+	Filters    []stack.Info       // highest altitude first
+	Conditions []health.Condition // what is wrong with it
+}
+
+var nameOK = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+
+// CheckName returns an error that wraps ErrName where no device can be called so.
+func CheckName(name string) error {
+	if !nameOK.MatchString(name) {
+		return fmt.Errorf("%q: %w: want 1 to 64 letters, digits, dots, dashes and underscores, the first a letter or digit", name, ErrName)
+	}
+	return nil
+}
+
+// check completes a spec, or refuses it.
+func (s *Server) check(spec *Spec) error {
+	if err := CheckName(spec.Name); err != nil {
+		return err
+	}
+	path, err := filepath.EvalSymlinks(spec.Backing)
+	if err != nil {
+		return err
+	}
+	spec.Backing = path
+	for _, d := range s.list() {
+		if d.spec.Name == spec.Name {
+			return fmt.Errorf("%s: %w", spec.Name, ErrExists)
+		}
+		if same(d.spec.Backing, path) {
+			return fmt.Errorf("%s is %w: it backs the device %s", path, ErrInUse, d.spec.Name)
+		}
+	}
+	if s.env.Taken != nil {
+		if who := s.env.Taken(path); who != "" {
+			return fmt.Errorf("%s is %w: %s", path, ErrInUse, who)
+		}
+	}
+	if spec.Front == "" || spec.Front == Auto {
+		if spec.Front = s.best(); spec.Front == "" {
+			return fmt.Errorf("%w: none of %s", ErrFront, strings.Join(Fronts, ", "))
+		}
+	}
+	f := s.fronts[spec.Front]
+	if f == nil {
+		return fmt.Errorf("%q: %w: want %s or %s", spec.Front, ErrFront, Auto, strings.Join(Fronts, ", "))
+	}
+	if err := f.probe(); err != nil {
+		return fmt.Errorf("%s: %w: %w", spec.Front, ErrFront, err)
+	}
+	if spec.Listen != "" && spec.Front != FrontNBDServer {
+		return fmt.Errorf("%w: only %s listens, not %s", ErrFront, FrontNBDServer, spec.Front)
+	}
+	return nil
+}
+
+func same(a, b string) bool {
+	x, err := os.Stat(a)
+	if err != nil {
+		return a == b
+	}
+	y, err := os.Stat(b)
+	return err == nil && os.SameFile(x, y)
+}
+
+// List gives the devices by name.
+func (s *Server) List() []Info {
+	out := []Info{}
+	for _, d := range s.list() {
+		out = append(out, s.info(d))
+	}
+	return out
+}
+
+func (s *Server) info(d *Device) Info {
+	i := Info{Spec: d.spec, Conditions: d.health.List()}
+	if d.served != nil {
+		i.Kernel, i.Size, i.Open = d.served.kernel(), d.lower.Size(), d.served.open()
+		i.Node = s.node(d)
+		i.Filters = d.stack.Filters()
+	}
+	return i
+}
