@@ -54,9 +54,10 @@ var (
 // Run runs the daemon until ctx ends. It shuts down in this order:
 //  1. the socket goes, so that nobody asks for anything new; requests under way
 //     get a moment (shutdownMax), then they are cut off;
-//  2. the groups stop, all at once, each after what its ring holds is durable in
+//  2. the served devices stop: those whose front can do so let requests wait;
+//  3. the groups stop, all at once, each after what its ring holds is durable in
 //     the spool; their taps stay and go on capturing;
-//  3. the state folder is let go, last: whoever takes it over finds nobody at work.
+//  4. the state folder is let go, last: whoever takes it over finds nobody at work.
 func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.StateDir, err = filepath.Abs(cfg.StateDir); err != nil {
 		return fmt.Errorf("state folder: %w", err)
