@@ -53,7 +53,7 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 	}
 	s = &session{cfg: cfg, settings: settings, stateDir: env.StateDir, log: env.Log, health: h, waiters: map[uint64]*waiter{}, names: map[string]bool{},
 		tokens:   rand.Uint64(), // the ring may hold bookmarks of a daemon before this one
-		requests: make(chan request), over: make(chan struct{}), builder: segment.NewBuilder(settings.SegmentBytes)}
+		requests: make(chan request), uevents: make(chan disk.Uevent, 16), over: make(chan struct{}), builder: segment.NewBuilder(settings.SegmentBytes)}
 	var undo []func() error
 	defer func() {
 		if err != nil {
@@ -88,7 +88,7 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 		return s, err
 	}
 	if err = s.identify(); err != nil {
-		return s, errors.Join(err, s.salvagePinned(ctx, env))
+		return s, errors.Join(err, s.salvagePinned(ctx, env), noteGone(env, cfg))
 	}
 	history, err := s.history(ctx)
 	if err != nil {
@@ -157,6 +157,11 @@ func find(d DiskConfig) (*disk.Info, error) {
 		if sameDisk(d.Identity, i.Identity) {
 			return i, nil
 		}
+		resized := i.Identity
+		resized.Size = d.Identity.Size
+		if i.Size > 0 && sameDisk(d.Identity, resized) {
+			return i, nil // findDisks says what it is about its size
+		}
 	}
 	names, err := os.ReadDir("/sys/class/block")
 	if err != nil {
@@ -216,17 +221,29 @@ func (s *session) targets() []tap.Target {
 	var out []tap.Target
 	for i, d := range s.disks {
 		out = append(out, tap.Target{Name: s.cfg.Disks[i].Name, Whole: d.WholeDev, Start: d.Start, Len: d.Size, DiskSeq: d.DiskSeq,
-			BlockSize: s.cfg.Disks[i].BlockSize, BioBased: d.BioBased, Pass: passthrough(d)})
+			BlockSize: s.cfg.Disks[i].BlockSize, BioBased: d.BioBased, Pass: passthrough(d, s.log)})
 	}
 	return out
 }
 
-func passthrough(d *disk.Info) tap.Passthrough {
+// passthrough says how to tell the commands that a disk gets past the block layer.
+func passthrough(d *disk.Info, log *slog.Logger) tap.Passthrough {
+	var kind uint32
 	switch d.Kind {
 	case disk.Loop, disk.DM, disk.MD, disk.Zram, disk.Brd, disk.Pmem, disk.NBD, disk.Ublk:
 		return tap.Passthrough{Kind: tap.PassNone}
+	case disk.SCSI:
+		kind = tap.PassSCSI
+	case disk.NVMe:
+		kind = tap.PassNVMe
+	default:
+		return tap.Passthrough{Kind: tap.PassUnknown}
 	}
-	return tap.Passthrough{Kind: tap.PassUnknown}
+	p, err := tap.FindPassthrough(kind)
+	if err != nil {
+		log.Warn("commands past the block layer cannot be told apart: each that sends data counts as a write", "disk", d.Name, "error", err)
+	}
+	return p
 }
 
 // openTap adopts the pinned tap where it sees these very disks. Where it does
@@ -315,7 +332,7 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 		s.carry(h)
 		if s.continues(h) {
 			if !s.gapOpen {
-				return nil
+				return s.changedMeanwhile()
 			}
 			if err := s.tap.SetEnds(true); err != nil { // before the producer's place is noted
 				return err
@@ -324,7 +341,7 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 				s.reopen(i, h.Unknown(i))
 			}
 			s.useBase(ctx, h)
-			return nil
+			return s.changedMeanwhile()
 		}
 		if s.stretchEnd != 0 {
 			cause = stream.CauseContinuity
@@ -334,6 +351,26 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 	s.gapCause = cause
 	s.lastTime = max(s.lastTime, 1)
 	return s.openGap(cause, whole, s.tap.Drops())
+}
+
+// changedMeanwhile looks whether the disks still map to what they did when the
+// last session looked at them.
+func (s *session) changedMeanwhile() error {
+	if note := s.tap.Note(); note == "" || note == s.fingerprint() {
+		return nil
+	}
+	s.place = max(s.place, s.skipBefore) // where the position is what it is
+	return s.unknownTerritory("a disk was changed while nobody looked")
+}
+
+// noteGone has changedMeanwhile find a change where disks that are not as they
+// were come back to the pinned tap.
+func noteGone(env *Env, cfg *Config) error {
+	err := tap.SetNote(env.Instance, cfg.Name, "gone")
+	if errors.Is(err, tap.ErrNoPins) || errors.Is(err, tap.ErrLayout) {
+		return nil // there will be another tap
+	}
+	return err
 }
 
 // metadataMode says that payloads are not captured, and why.

@@ -76,6 +76,8 @@ type session struct {
 	lastWatch  time.Time
 	quietScans int
 	watched    watched
+	resized    string // name of a disk that the kernel said has another size
+	forsaken   bool   // the tap must not be taken over: the history lacks that a disk changed
 
 	waiters map[uint64]*waiter
 	tokens  uint64
@@ -84,6 +86,7 @@ type session struct {
 	pending onTheWay // safe for all
 
 	requests chan request
+	uevents  chan disk.Uevent // what the kernel tells of block devices
 	over     chan struct{}
 }
 
@@ -115,11 +118,20 @@ func (s *session) ask(ctx context.Context, do func() error) error {
 // Its workers end before it does:
 //  1. the fill workers, as their channel is closed;
 //  2. the shipper, as its context is cancelled;
-//  3. whoever waits for a bookmark is told.
+//  3. the listener to the kernel's events, as the context is cancelled;
+//  4. whoever waits for a bookmark is told.
 func (s *session) run(ctx context.Context) error {
 	inner, cancel := context.WithCancel(ctx)
 	var workers sync.WaitGroup
 	failed := make(chan error, 1)
+	workers.Go(func() { // "uevents"
+		disk.Listen(inner, func(e disk.Uevent) {
+			select {
+			case s.uevents <- e:
+			case <-inner.Done():
+			}
+		})
+	})
 	for range fillWorkers {
 		workers.Go(func() { s.filler.work(inner) })
 	}
@@ -149,6 +161,9 @@ func (s *session) loop(ctx context.Context, failed <-chan error) error {
 			return err
 		case r := <-s.requests:
 			r.done <- r.do()
+			continue
+		case e := <-s.uevents:
+			s.told(e)
 			continue
 		case <-t.C:
 		}
@@ -347,6 +362,10 @@ func (s *session) close() error {
 	for _, f := range s.filler.disks {
 		errs = append(errs, f.Close())
 	}
-	errs = append(errs, s.filler.closeBases(), s.tap.Close(), s.spool.Close(), s.lock.Unlock())
+	leave := s.tap.Close
+	if s.forsaken {
+		leave = s.tap.Remove
+	}
+	errs = append(errs, s.filler.closeBases(), leave(), s.spool.Close(), s.lock.Unlock())
 	return errors.Join(errs...)
 }

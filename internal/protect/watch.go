@@ -2,8 +2,10 @@ package protect
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"tidemark/internal/block"
 	"tidemark/internal/disk"
@@ -24,21 +26,21 @@ type watched struct {
 // writes that programs were skipped for, commands past the block layer, and
 // more bytes written than were traced. Each makes the disks unknown as a whole.
 func (s *session) watch() error {
-	for i, was := range s.disks {
-		is, err := disk.Glance(was.Path) // reads nothing: a disk may sleep, or hang
-		if err != nil {
-			return fmt.Errorf("disk %s is gone: %w: %w", s.cfg.Disks[i].Name, err, ErrOffline)
+	for i := range s.disks {
+		if err := s.glance(i); err != nil {
+			return err
 		}
-		changed := disk.Changed(was, is)
-		if len(changed) == 0 {
-			continue
+	}
+	// A size that changed and changed back is not to be seen any more, and what
+	// lay beyond the smaller one is gone.
+	if name := s.resized; name != "" {
+		s.resized = ""
+		if err := s.unknownTerritory(fmt.Sprintf("disk %s: its size changed, and changed back", name)); err != nil {
+			return err
 		}
-		what := fmt.Sprintf("disk %s: %s", s.cfg.Disks[i].Name, strings.Join(changed, ", "))
-		if is.Dev != was.Dev || is.Size != was.Size || is.Start != was.Start || is.DiskSeq != was.DiskSeq {
-			return fmt.Errorf("%s: %w", what, ErrOffline) // another tap is needed
-		}
-		s.disks[i] = is
-		if err := s.unknownTerritory(what); err != nil {
+	}
+	if len(s.uncleared) == 0 { // what changed so far is a gap that is durable
+		if err := s.tap.SetNote(s.fingerprint()); err != nil {
 			return err
 		}
 	}
@@ -75,6 +77,59 @@ func (s *session) watch() error {
 		}
 	}
 	return nil
+}
+
+// glance looks whether a disk is still what it was.
+func (s *session) glance(i int) error {
+	was, name := s.disks[i], s.cfg.Disks[i].Name
+	is, err := disk.Glance(was.Path) // reads nothing: a disk may sleep, or hang
+	if err != nil {
+		return s.lose(fmt.Errorf("disk %s is gone: %w: %w", name, err, ErrOffline))
+	}
+	changed := disk.Changed(was, is)
+	if len(changed) == 0 {
+		return nil
+	}
+	what := fmt.Sprintf("disk %s: %s", name, strings.Join(changed, ", "))
+	if is.Dev != was.Dev || is.Size != was.Size || is.Start != was.Start || is.DiskSeq != was.DiskSeq {
+		return s.lose(fmt.Errorf("%s: %w", what, ErrOffline)) // another tap is needed
+	}
+	s.disks[i] = is
+	return s.unknownTerritory(what)
+}
+
+// lose ends the session because a disk is not there any more as it was. It may
+// come back, to the very same tap, with another content: the history says first
+// that nothing is known of the disks from here on.
+func (s *session) lose(why error) error {
+	err := s.openGap(stream.CauseTerritory, s.everything(), s.seenDrops)
+	if err != nil || s.full { // it is not in the spool: a new tap will have to say it
+		s.forsaken = true
+	}
+	return errors.Join(why, err)
+}
+
+// fingerprint is what the disks map to, as text.
+func (s *session) fingerprint() string {
+	var all []string
+	for _, d := range s.disks {
+		all = append(all, d.Fingerprint())
+	}
+	return strings.Join(all, "\n")
+}
+
+// told takes what the kernel tells of a block device: one of ours is looked at
+// in the next round, not only when its second is over.
+func (s *session) told(e disk.Uevent) {
+	for _, d := range s.disks {
+		if e.Name != "" && e.Name != d.Name && e.Name != d.Whole {
+			continue
+		}
+		s.lastWatch = time.Time{}
+		if e.Resized {
+			s.resized = e.Name
+		}
+	}
 }
 
 // crossCheck compares the bytes that the kernel counted with those that were
@@ -134,14 +189,18 @@ func unexplained(was, now watched) string {
 func (s *session) unknownTerritory(why string) error {
 	s.health.Raise(health.Condition{Code: "unknown-territory", Severity: health.Warning, Subject: s.cfg.Name,
 		Detail: "The disks are compared with the vault as a whole: " + why + ".", Remedy: "Nothing is to be done; points come again when the comparison has ended."})
-	var whole []block.DiskRange
-	for i, d := range s.cfg.Disks {
-		whole = append(whole, block.DiskRange{Disk: i, Range: block.Range{Len: d.Size}})
-	}
 	if h, err := timeline.Load(context.Background(), s.vault, s.cfg.Name); err == nil && h.Damage() == nil {
 		s.useBase(context.Background(), h)
 	}
-	return s.openGap(stream.CauseTerritory, whole, s.seenDrops)
+	return s.openGap(stream.CauseTerritory, s.everything(), s.seenDrops)
+}
+
+// everything is all of every disk.
+func (s *session) everything() (whole []block.DiskRange) {
+	for i, d := range s.cfg.Disks {
+		whole = append(whole, block.DiskRange{Disk: i, Range: block.Range{Len: d.Size}})
+	}
+	return whole
 }
 
 // applyWhile applies an event where both conditions hold.

@@ -144,17 +144,33 @@ func (t *Tap) SetNote(note string) error {
 	if t.meta.Note == note {
 		return nil
 	}
-	em, err := ebpf.LoadPinnedMap(t.pins.path("meta"), nil)
+	t.meta.Note = note
+	return t.pins.replaceMeta(t.meta)
+}
+
+// SetNote is the method of the same name for a tap that nobody has adopted. ErrNoPins.
+func SetNote(instance, group, note string) error {
+	p, err := pinsOf(instance, group)
+	if err != nil {
+		return err
+	}
+	m, err := p.meta()
+	if err != nil || m.Note == note {
+		return err
+	}
+	m.Note = note
+	return p.replaceMeta(m)
+}
+
+func (p pins) replaceMeta(m meta) error {
+	em, err := ebpf.LoadPinnedMap(p.path("meta"), nil)
 	if err != nil {
 		return fmt.Errorf("the tap's description: %w", err)
 	}
 	defer em.Close()
-	m := t.meta
-	m.Note = note
 	if err := m.put(em); err != nil {
 		return fmt.Errorf("the tap's description: %w", err)
 	}
-	t.meta = m
 	return nil
 }
 
