@@ -34,7 +34,7 @@ func Device(spec string) (*Report, error) {
 		return nil, err
 	}
 	checks := Machine()
-	return &Report{Device: info, Checks: checks, Ways: []Way{tapWay(info, checks), spliceWay(info), serveWay(checks)}}, nil
+	return &Report{Device: info, Checks: checks, Ways: []Way{tapWay(info, checks), spliceWay(info), serveWay(info, checks)}}, nil
 }
 
 func tapWay(info *disk.Info, checks []Check) Way {
@@ -125,15 +125,38 @@ func spliceWay(info *disk.Info) Way {
 	return w
 }
 
-// serveWay needs something that turns a program into a block device.
-func serveWay(checks []Check) Way {
-	w := Way{Way: "serve", Answer: No, Reason: notBuilt, Remedy: "use the tap"}
+// serveWay needs a disk that nobody uses. Without anything that turns a program
+// into a block device there is still the NBD server.
+func serveWay(info *disk.Info, checks []Check) Way {
+	w := Way{Way: "serve", Answer: Yes}
+	if why := inUse(info); why != "" {
+		w.Answer, w.Reason = No, "a served device stands in front of a disk that nobody uses, and "+why
+		w.Remedy = "use the tap; or take the disk out of use and mount /dev/tidemark/NAME instead (tidemark device create)"
+		return w
+	}
 	able := func(code string) bool {
 		return slices.ContainsFunc(checks, func(c Check) bool { return c.Code == code && c.Answer == Yes })
 	}
-	if !able("ublk") && !able("nbd") && !(able("fuse") && able("loop")) {
-		w.Reason += "; and this machine has neither ublk nor NBD nor FUSE with loop devices"
-		w.Remedy = "use the tap; for later: modprobe ublk_drv, nbd, or fuse and loop"
+	switch {
+	case able("ublk"), able("nbd"):
+	case able("fuse") && able("loop"):
+		w.Reason = "by the loop front only, which cannot outlive the daemon: requests fail while there is none"
+		w.Remedy = "modprobe ublk_drv, or nbd"
+	default:
+		w.Reason, w.Remedy = "to NBD clients only: this machine has neither ublk nor NBD nor FUSE with loop devices", "modprobe ublk_drv, nbd, or fuse and loop"
 	}
 	return w
+}
+
+// inUse says how a disk is used, "" where it is not.
+func inUse(info *disk.Info) string {
+	switch {
+	case len(info.Mounts) > 0:
+		return "it is mounted at " + info.Mounts[0].Point
+	case len(info.Swap) > 0:
+		return "it is swap"
+	case len(info.Holders) > 0:
+		return "it is below " + info.Holders[0]
+	}
+	return ""
 }
