@@ -24,20 +24,6 @@ func (t *Tap) SetEnds(on bool) error {
 // Ends says whether bios in flight are tracked. The programs switch it on when they lose a write.
 func (t *Tap) Ends() bool { return atomic.LoadUint32(&t.state.Ends) == endsOn }
 
-// Scan is what was on its way at one look.
-type Scan struct {
-	Producer Place // noted before the look
-	Low      Place // every captured write before it has ended
-	InFlight int
-	Dropped  []block.DiskRange // ranges of lost writes that have not ended
-	// Outstanding is, for each disk, how many bytes queued there and not ended
-	// are in the map.
-	Outstanding []int64
-	// OldKnownEnded: no bio that was queued without being tracked is on its way
-	// any more, so SetEnds(false) is safe. False where that cannot be told.
-	OldKnownEnded bool
-}
-
 // ScanInFlight looks through the map of bios in flight. The producer's place is
 // noted first: a bio that was queued later cannot pull Low below it, and one
 // that was queued before is in the map or has ended.

@@ -21,22 +21,40 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tidemark/internal/block"
+	"tidemark/internal/source"
 	"tidemark/internal/stream"
 )
-
-// Place is a byte position in a group's ring. It only grows.
-type Place uint64
 
 // Errors that callers branch on.
 var (
 	ErrExists   = errors.New("a tap of this group is pinned already")
 	ErrNoPins   = errors.New("no tap of this group is pinned")
 	ErrLayout   = errors.New("the pinned tap was made by another version of Tidemark")
-	ErrRingFull = errors.New("the ring has no room")
+	ErrRingFull = source.ErrFull
 	ErrConfig   = errors.New("not a valid tap")
 	// ErrMetadataOnly is WhyNoPayload's where nobody tried.
 	ErrMetadataOnly = errors.New("only ranges were asked for")
 )
+
+// What a tap gives is what any way in gives.
+type (
+	Place    = source.Place
+	Kind     = source.Kind
+	Record   = source.Record
+	Mark     = source.Mark
+	Peek     = source.Peek
+	Scan     = source.Scan
+	Counters = source.Counters
+)
+
+// Kinds of records.
+const (
+	Write    = source.Write
+	Lost     = source.Lost
+	Bookmark = source.Bookmark
+)
+
+var _ source.Source = (*Tap)(nil)
 
 // Bounds that the programs share (bpf/layout.h).
 const (
@@ -73,31 +91,6 @@ const (
 	PassNVMe    = 2
 	PassNone    = 3
 )
-
-// Kind tells ring records apart.
-type Kind uint32
-
-const (
-	Write    Kind = 1 // a whole bio; with Payload where its Op is block.OpWrite
-	Lost     Kind = 2 // a bio whose payload is not here: its blocks are gap bits
-	Bookmark Kind = 3
-)
-
-// Record is one entry of the ring. Payload points into the ring and is valid
-// until Commit passes End.
-type Record struct {
-	Place, End  Place
-	Kind        Kind
-	Disk        int
-	Op          block.Op
-	Range       block.Range // bytes from the target's start
-	MonoTime    int64       // CLOCK_MONOTONIC, nanoseconds
-	Drops       uint64      // the group's drop counter when the program began
-	Payload     []byte
-	Name        string
-	Consistency stream.Consistency
-	Token       uint64
-}
 
 // Tap is a running capture.
 type Tap struct {
@@ -241,13 +234,6 @@ func (t *Tap) decode(b []byte, pos, next uint64) error {
 	return block.CheckBounds(r.Range, t.targets[r.Disk].Len)
 }
 
-// Mark is a bookmark to be put into the ring. Token comes back in its record.
-type Mark struct {
-	Name        string
-	Consistency stream.Consistency
-	Token       uint64
-}
-
 type markArg struct {
 	Token, Place        uint64
 	Consistency, Length uint32
@@ -270,12 +256,6 @@ func (t *Tap) Bookmark(m Mark) (Place, error) {
 		return 0, fmt.Errorf("bookmark %q: %w", m.Name, ErrRingFull)
 	}
 	return Place(arg.Place), nil
-}
-
-// Peek is a copy of the gap bits.
-type Peek struct {
-	Ranges []block.DiskRange
-	Drops  uint64 // all drops counted so far have their bits in Ranges, or had them cleared before
 }
 
 // PeekGaps copies the gap bits as ranges of whole blocks, cut at the disk's end.

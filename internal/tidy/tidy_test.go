@@ -46,9 +46,10 @@ var layer = map[string][]string{
 
 	// The stream, from a write to a view at a point.
 	"internal/stream":   {"internal/block"},
+	"internal/source":   {"internal/block", "internal/stream"},
 	"internal/cbt":      {"internal/block", "internal/vfs"},
 	"internal/fill":     {"internal/block", "internal/stream"},
-	"internal/tap":      {"internal/block", "internal/cbt", "internal/disk", "internal/health", "internal/loop", "internal/stream", "bpf"},
+	"internal/tap":      {"internal/block", "internal/cbt", "internal/disk", "internal/health", "internal/loop", "internal/source", "internal/stream", "bpf"},
 	"internal/segment":  {"internal/block", "internal/stream"},
 	"internal/spool":    {"internal/block", "internal/health", "internal/segment", "internal/stream", "internal/vfs"},
 	"internal/vault":    {"internal/block", "internal/health", "internal/segment", "internal/stream", "internal/vfs"},
@@ -78,7 +79,7 @@ var layer = map[string][]string{
 
 	// Assembly and the ways to command it.
 	"internal/protect": {"internal/block", "internal/cbt", "internal/disk", "internal/fill", "internal/freeze", "internal/health",
-		"internal/restore", "internal/segment", "internal/spool", "internal/stream", "internal/tap", "internal/timeline", "internal/vault"},
+		"internal/restore", "internal/segment", "internal/source", "internal/spool", "internal/stream", "internal/tap", "internal/timeline", "internal/vault"},
 	"internal/doctor":           {"internal/block", "internal/disk", "internal/front/...", "internal/health", "internal/loop", "internal/splice", "internal/tap"},
 	"internal/control/api":      {"internal/block", "internal/health", "internal/stream"},
 	"internal/control/cuse":     {"internal/abi/fuse"},
