@@ -3,7 +3,6 @@ package nbd
 import (
 	"bufio"
 	"context"
-	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -34,8 +33,10 @@ type connection struct {
 	link   *link
 	in     *bufio.Reader
 
-	tls        *tls.Config // to be agreed on before all else; nil: the client may not
+	tls        *TLS // to be agreed on before all else; nil: the client may not
 	secure     bool
+	denied     error // why the client must not be served
+	told       bool  // the log knows that it speaks no TLS
 	noZeroes   bool
 	structured bool
 	contexts   []metaContext // agreed on, for export metaFor

@@ -58,8 +58,8 @@ func (c *connection) option() (done bool, err error) {
 	if _, err := io.ReadFull(c.in, data); err != nil {
 		return false, err
 	}
-	if c.tls != nil && !c.secure && opt != nbd.OptStartTLS && opt != nbd.OptAbort {
-		return false, c.wantTLS(opt)
+	if opt != nbd.OptAbort && (c.denied != nil || c.tls != nil && !c.secure && opt != nbd.OptStartTLS) {
+		return false, c.turnAway(opt)
 	}
 	switch opt {
 	case nbd.OptExportName:
@@ -115,12 +115,17 @@ func (c *connection) reply(opt uint32, kind uint32, data ...any) error {
 	return c.say(append([]any{uint64(nbd.OptReplyMagic), opt, kind, uint32(n)}, data...)...)
 }
 
-// wantTLS tells a client that nothing is served before TLS.
-func (c *connection) wantTLS(opt uint32) error {
-	if opt == nbd.OptExportName { // knows no error
-		return refused("it does not speak TLS")
+// turnAway answers a client that is not to be served, whatever it asks for.
+func (c *connection) turnAway(opt uint32) error {
+	switch {
+	case opt == nbd.OptExportName: // knows no error
+		return refused("it asks for an export, and may not")
+	case c.denied != nil:
+		return c.reply(opt, nbd.RepErrPolicy, c.denied.Error())
+	case !c.told:
+		c.told = true
+		c.server.complain("an NBD client has to speak TLS first", "client", c.link.raw.RemoteAddr())
 	}
-	c.server.complain("an NBD client has to speak TLS first", "client", c.link.raw.RemoteAddr())
 	return c.reply(opt, nbd.RepErrTLSReqd, "this server speaks TLS only: give the client its certificates, and an nbds:// or nbds+unix:// URI")
 }
 
@@ -139,9 +144,16 @@ func (c *connection) startTLS(data []byte) error {
 	if err := c.reply(nbd.OptStartTLS, nbd.RepAck); err != nil {
 		return err
 	}
-	conn := tls.Server(c.link.raw, c.tls)
+	id, err := c.tls.read()
+	if err != nil {
+		return refused("%w", err)
+	}
+	conn := tls.Server(c.link.raw, id.config())
 	if err := conn.HandshakeContext(c.ctx); err != nil {
-		return refused("%w (its certificate must be signed by the CA in %s)", err, caFile)
+		return refused("TLS: %w (if it does not trust this server: is the server's certificate signed by the CA that the client has?)", err)
+	}
+	if c.denied = id.admit(conn.ConnectionState().PeerCertificates); c.denied != nil {
+		c.server.complain("an NBD client was refused", "client", c.link.raw.RemoteAddr(), "why", c.denied)
 	}
 	c.link.rw, c.secure = conn, true
 	c.in.Reset(conn)

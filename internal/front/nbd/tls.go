@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 )
 
 // The files of a certificate folder, as qemu and libnbd name them.
@@ -23,21 +24,28 @@ const (
 // ErrCertificates: the folder does not hold what TLS needs.
 var ErrCertificates = errors.New("no certificates to serve TLS with")
 
-// LoadTLS makes the server's side of TLS from a folder: its own certificate and
-// key, the CA that a client's certificate must be signed by, and the list of those that the
-// CA has revoked. Every client must have a certificate. The folder
-// is read again for each client, so that renewed certificates need no restart.
-func LoadTLS(dir string) (*tls.Config, error) {
-	if _, err := readTLS(dir); err != nil {
-		return nil, err
-	}
-	return &tls.Config{
-		MinVersion:         tls.VersionTLS12,
-		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return readTLS(dir) },
-	}, nil
+// TLS is the server's side of TLS by a folder of certificates: its own certificate
+// and key, the CA that a client's certificate must be signed by, and the list of
+// those that the CA has revoked. Every client must have a certificate. The
+// folder is read again for each client, so that renewed certificates need no restart.
+type TLS struct{ dir string }
+
+// LoadTLS checks the folder. ErrCertificates says what is missing in it.
+func LoadTLS(dir string) (*TLS, error) {
+	t := &TLS{dir}
+	_, err := t.read()
+	return t, err
 }
 
-func readTLS(dir string) (*tls.Config, error) {
+// identity is what the folder holds.
+type identity struct {
+	cert    tls.Certificate
+	clients *x509.CertPool
+	revoked map[string]bool // by serial number
+}
+
+func (t *TLS) read() (*identity, error) {
+	dir := t.dir
 	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, certFile), filepath.Join(dir, keyFile))
 	if err != nil {
 		return nil, fmt.Errorf("%w in %s: %s and %s: %w", ErrCertificates, dir, certFile, keyFile, err)
@@ -54,18 +62,38 @@ func readTLS(dir string) (*tls.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCertificates, err)
 	}
+	return &identity{cert: cert, clients: pool, revoked: revoked}, nil
+}
+
+// config asks clients for a certificate. It is looked at after the handshake, by
+// admit: a refusal can then be said in words, where TLS has only an alert.
+func (i *identity) config() *tls.Config {
 	return &tls.Config{
-		MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{cert}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool,
+		MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{i.cert}, ClientAuth: tls.RequestClientCert, ClientCAs: i.clients,
 		SessionTicketsDisabled: true, // one that was given out would outlive a revocation
-		VerifyConnection: func(s tls.ConnectionState) error {
-			for _, c := range s.PeerCertificates {
-				if revoked[c.SerialNumber.String()] {
-					return fmt.Errorf("the certificate of %s is revoked", c.Subject)
-				}
-			}
-			return nil
-		},
-	}, nil
+	}
+}
+
+// admit says whether a client that has proven to have the key of the first
+// certificate is to be served.
+func (i *identity) admit(certs []*x509.Certificate) error {
+	if len(certs) == 0 {
+		return fmt.Errorf("no client certificate that the CA in the server's %s has signed", caFile)
+	}
+	between := x509.NewCertPool()
+	for _, c := range certs[1:] {
+		between.AddCert(c)
+	}
+	chains, err := certs[0].Verify(x509.VerifyOptions{Roots: i.clients, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	if err != nil {
+		return fmt.Errorf("the client's certificate (%s): %w", certs[0].Subject, err)
+	}
+	for _, c := range slices.Concat(chains...) {
+		if i.revoked[c.SerialNumber.String()] {
+			return fmt.Errorf("the client's certificate (%s) is revoked", c.Subject)
+		}
+	}
+	return nil
 }
 
 // readRevoked gives the serial numbers that the CA has revoked; none where there is no list.

@@ -1,7 +1,6 @@
 package nbd
 
 import (
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -28,9 +27,9 @@ const (
 // Listener is a place to serve at.
 type Listener struct {
 	net.Listener
-	Export string      // the name in the URI
-	URI    string      // with the port that it got, where that was left to the kernel (port 0)
-	TLS    *tls.Config // clients must begin with TLS; nil: they cannot
+	Export string // the name in the URI
+	URI    string // with the port that it got, where that was left to the kernel (port 0)
+	TLS    *TLS   // clients must begin with TLS; nil: they cannot
 }
 
 // Listen listens where an NBD URI says:
