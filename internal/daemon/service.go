@@ -19,6 +19,7 @@ import (
 	"tidemark/internal/protect"
 	"tidemark/internal/segment"
 	"tidemark/internal/serve"
+	"tidemark/internal/spool"
 	"tidemark/internal/stream"
 	"tidemark/internal/tap"
 	"tidemark/internal/vault"
@@ -203,6 +204,7 @@ func coded(err error) error {
 		{freeze.ErrWatchdog, api.CodeRefused, "Ask for --consistency crash."},
 		{vault.ErrNoGroup, api.CodeNotFound, ""},
 		{tap.ErrRingFull, api.CodeUnreachable, "The ring is full; try again when the spool drains, or give more with --ring-size."},
+		{spool.ErrFull, api.CodeUnreachable, "Try again when the spool has room; tidemark status says what it waits for."},
 		{vault.ErrUnreachable, api.CodeUnreachable, ""},
 		{serve.ErrName, api.CodeUsage, "Give another --name."},
 		{serve.ErrExists, api.CodeInUse, "Give another --name."},

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"tidemark/internal/freeze"
+	"tidemark/internal/spool"
 	"tidemark/internal/stream"
 	"tidemark/internal/tap"
 )
@@ -92,7 +93,7 @@ func (s *session) settleBookmarks(err error) {
 
 // Bookmark puts a bookmark over all disks of the group and returns when it is
 // durable on this machine. Errors: ErrInsideGap, ErrBookmarkExists, ErrOffline,
-// tap.ErrRingFull, and those of the freeze.
+// tap.ErrRingFull, spool.ErrFull, and those of the freeze.
 func (g *Group) Bookmark(ctx context.Context, name string, want stream.Consistency) (Bookmarked, error) {
 	if err := stream.CheckBookmarkName(name); err != nil {
 		return Bookmarked{}, fmt.Errorf("%w: %w", err, ErrSettings)
@@ -129,6 +130,9 @@ func (s *session) admit(w *waiter) error {
 	}
 	if s.names[w.name] {
 		return fmt.Errorf("bookmark %q: %w", w.name, ErrBookmarkExists)
+	}
+	if s.full { // it would wait for as long as that lasts, and may get lost
+		return fmt.Errorf("group %s: %w: a bookmark cannot be made durable", s.cfg.Name, spool.ErrFull)
 	}
 	s.tokens++
 	w.token = s.tokens

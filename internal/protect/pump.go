@@ -155,13 +155,13 @@ func (s *session) seal() error {
 	}
 	err = s.spool.Append(sealed)
 	if errors.Is(err, spool.ErrFull) {
-		s.setFull(true)
+		s.setFull(err)
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("spool: %w", err)
 	}
-	s.setFull(false)
+	s.setFull(nil)
 	s.previous = sealed.Summary
 	s.tap.Commit(s.place)
 	s.pending.push(sealed.Summary.Sequence, s.builderSince, s.restorable())

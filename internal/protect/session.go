@@ -8,6 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"tidemark/internal/block"
 	"tidemark/internal/disk"
 	"tidemark/internal/fill"
@@ -62,7 +64,8 @@ type session struct {
 	clockOffset int64
 	mode        mode
 	full        bool
-	held        bool // the walk over the ring waits at a bookmark
+	fullUntil   time.Time // a disk without room is not asked again before
+	held        bool      // the walk over the ring waits at a bookmark
 	stateDir    string
 
 	gapOpen    bool
@@ -175,8 +178,8 @@ func (s *session) loop(ctx context.Context, failed <-chan error) error {
 
 // step is one round: ring to segment, gaps, fills, seal.
 func (s *session) step() error {
-	if s.full && !s.spool.Room(int64(s.builder.Size())) {
-		return nil // the ring holds on; the tap degrades when it is full too
+	if s.full && (time.Now().Before(s.fullUntil) || !s.spool.Room(int64(s.builder.Size()))) {
+		return s.overflowing() // the ring holds on; the tap degrades when it is full too
 	}
 	if err := s.sealGaps(); err != nil {
 		return err
@@ -323,18 +326,45 @@ func (s *session) state() segment.State {
 	}
 }
 
-func (s *session) setFull(full bool) {
-	if full == s.full {
+// roomEvery is how often a disk without room is tried again.
+const roomEvery = 500 * time.Millisecond
+
+// setFull notes whether the spool takes segments; err says why it does not.
+func (s *session) setFull(err error) {
+	if err == nil {
+		if s.full {
+			s.health.Clear("spool-full", s.cfg.Name)
+		}
+		s.full = false
 		return
 	}
-	s.full = full
-	if !full {
-		s.health.Clear("spool-full", s.cfg.Name)
-		return
-	}
-	s.health.Raise(health.Condition{Code: "spool-full", Severity: health.Warning, Subject: s.cfg.Name,
+	c := health.Condition{Code: "spool-full", Severity: health.Warning, Subject: s.cfg.Name,
 		Detail: "The spool is full: the vault takes less than is written. When the ring is full too, only changed blocks are kept.",
-		Remedy: "Make the vault reachable or faster, or give more room with --spool-size."})
+		Remedy: "Make the vault reachable or faster, or give more room with --spool-size."}
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		s.fullUntil = time.Now().Add(roomEvery)
+		c.Detail = "The disk of the spool has no room left. When the ring is full too, only changed blocks are kept."
+		c.Remedy = "Make room on the disk that holds " + s.stateDir + "."
+	}
+	s.full = true
+	s.health.Raise(c)
+}
+
+// overflowing keeps the mode true while nothing can be taken from the ring: the
+// records that would tell of what is lost are behind those that wait.
+func (s *session) overflowing() error {
+	if s.tap.Drops() == s.seenDrops {
+		return nil
+	}
+	c, err := s.tap.Counters()
+	if err != nil {
+		return err
+	}
+	s.mode.apply(evRangeOnly)
+	if lost(c) > c.LostRanges && (!s.watched.valid || lost(c)-c.LostRanges > lost(s.watched.counters)-s.watched.counters.LostRanges) {
+		s.mode.apply(evDropped)
+	}
+	return nil
 }
 
 func (s *session) readFailed(r *reading) {

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"tidemark/internal/health"
+	"tidemark/internal/spool"
 )
 
 // TestConditionsEndWithWhatTheySay: a condition that outlives its reason sends
@@ -23,12 +24,12 @@ func TestConditionsEndWithWhatTheySay(t *testing.T) {
 	bad := &reading{err: errors.New("medium error")}
 	bad.job.Disk = 1
 	s.readFailed(bad)
-	s.setFull(true)
+	s.setFull(spool.ErrFull)
 	if got := codes(); !slices.Equal(got, []string{"disk-read-failed b", "spool-full g"}) {
 		t.Fatalf("raised: %q", got)
 	}
 	s.readable()
-	s.setFull(false)
+	s.setFull(nil)
 	if got := codes(); len(got) != 0 {
 		t.Fatalf("still raised: %q", got)
 	}

@@ -86,6 +86,11 @@ func (s *session) describe(out *Status) error {
 		d.Device, d.Gap = s.disks[i].Path, s.engine.Remaining(i)
 		d.Writes, d.Written, d.Lost, d.Failed = n.Writes, n.Bytes, n.Lost, n.Failed
 	}
+	if s.full && s.tap.Drops() > s.seenDrops {
+		if err := s.describeUntold(out); err != nil {
+			return err
+		}
+	}
 	switch {
 	case s.mode.now != ModeData || s.full:
 		out.State = Degraded
@@ -95,5 +100,20 @@ func (s *session) describe(out *Status) error {
 		out.State = Protected
 		s.health.Clear("unknown-territory", s.cfg.Name)
 	}
+	return nil
+}
+
+// describeUntold adds the blocks that were lost while nothing could be taken
+// from the ring: no gap record tells of them yet.
+func (s *session) describeUntold(out *Status) error {
+	peek, err := s.tap.PeekGaps()
+	if err != nil {
+		return err
+	}
+	for _, r := range peek.Ranges {
+		d := &out.Disks[r.Disk]
+		d.Gap = min(d.Gap+r.Range.Len, d.Size)
+	}
+	out.ConsistentSince = 0
 	return nil
 }

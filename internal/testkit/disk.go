@@ -60,8 +60,22 @@ func NewDiskOf(t testing.TB, size int64, sector int) *Disk {
 	if err := dev.Close(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { detachOurs(t, d.Path) })
+	t.Cleanup(func() { detachAll(t, d.File) })
 	return d
+}
+
+// Reattach makes a loop device of the file of a Disk whose own was detached,
+// under whatever number is free. It is detached when that Disk is.
+func Reattach(t testing.TB, file string) (path string) {
+	t.Helper()
+	dev, err := loop.Attach(file, loop.Options{PartScan: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := dev.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return dev.Path
 }
 
 // memoryDir is a folder that carries our name and process id, on tmpfs where there is one.
@@ -78,21 +92,19 @@ func memoryDir(t testing.TB) string {
 	return dir
 }
 
-// detachOurs detaches a device unless its number has gone to somebody else meanwhile.
-func detachOurs(t testing.TB, path string) {
-	info, err := loop.Status(path)
-	if errors.Is(err, loop.ErrNotAttached) || errors.Is(err, os.ErrNotExist) {
-		return
-	}
+// detachAll detaches every loop device of a file.
+func detachAll(t testing.TB, file string) {
+	devices, err := loop.List()
 	if err != nil {
 		t.Error(err)
-		return
 	}
-	if owner(info.Backing) != os.Getpid() {
-		return
-	}
-	if err := loop.Detach(path); err != nil {
-		t.Error(err)
+	for _, d := range devices {
+		if d.Backing != file {
+			continue
+		}
+		if err := loop.Detach(d.Path); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -151,6 +151,27 @@ func diskNames(g program.Group) (names []string) {
 	return names
 }
 
+// tmpfs mounts a file system in memory that has a bound, such as "4m". Ask for
+// it before the daemon that uses it: what is made last goes first.
+func tmpfs(t testing.TB, size string) string {
+	t.Helper()
+	dir := t.TempDir()
+	testkit.Run(t, "mount", "-t", "tmpfs", "-o", "size="+size, "tmpfs", dir)
+	t.Cleanup(func() { testkit.Unmount(t, dir) })
+	return dir
+}
+
+// Exit codes, as docs/operating.md has them.
+const (
+	exitNotFound    = 4
+	exitRefused     = 5
+	exitNotAVault   = 6
+	exitDamaged     = 7
+	exitInsideGap   = 8
+	exitInUse       = 9
+	exitUnreachable = 10
+)
+
 // stretch is a run of positions that `points` offers.
 type stretch struct{ first, last uint64 }
 

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tidemark/internal/segment"
 	"tidemark/internal/stream"
 	"tidemark/internal/testkit"
 	"tidemark/internal/testkit/program"
@@ -127,8 +128,25 @@ func TestUnprotect(t *testing.T) {
 
 func online(g *program.Group) bool { return g.State != "offline" }
 
-// fillsOf counts the bytes of the fills that the history of a group has.
+// fillsOf counts the bytes of all fills that the history of a group has.
 func fillsOf(t testing.TB, d *program.Daemon, group string) (n int64) {
+	t.Helper()
+	eachFill(t, d, group, func(e *segment.Entry) { n += e.Range.Len })
+	return n
+}
+
+// copiedOf counts the bytes of those that carry data from the disk.
+func copiedOf(t testing.TB, d *program.Daemon, group string) (n int64) {
+	t.Helper()
+	eachFill(t, d, group, func(e *segment.Entry) {
+		if e.Fill == stream.FillData {
+			n += e.Range.Len
+		}
+	})
+	return n
+}
+
+func eachFill(t testing.TB, d *program.Daemon, group string, do func(e *segment.Entry)) {
 	t.Helper()
 	v, err := vault.Open(t.Context(), d.Vault)
 	if err != nil {
@@ -145,12 +163,11 @@ func fillsOf(t testing.TB, d *program.Daemon, group string) (n int64) {
 		}
 		for i := range o.Len() {
 			if e := o.Entry(i); e.Kind == stream.KindFill {
-				n += e.Range.Len
+				do(&e)
 			}
 		}
 		o.Close()
 	}
-	return n
 }
 
 // vaultFiles are all files of a vault.

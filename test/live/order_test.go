@@ -17,13 +17,14 @@ import (
 )
 
 const (
-	orderDisk  = 12 * mib
+	orderDisk  = 16 * mib
 	orderSlots = 1024 // places of the counter, a block each; noise lies behind them
 	slotBytes  = 4096
 	ahead      = 100 // steps that the counter may go on by while the test does something else: nobody outruns a busy machine's daemon
 
 	noiseStart  = orderSlots * slotBytes
 	noiseMiddle = 8 * mib
+	noiseEnd    = 12 * mib
 )
 
 // counter writes its number to disk A, waits for the end of that write, writes
@@ -110,7 +111,7 @@ func newOrder(t *testing.T, rng *rand.Rand, noiseMax int, args ...string) *order
 		path := testkit.NewDisk(t, orderDisk).Path
 		fewRequests(t, path)
 		o.c.disks[i] = open(t, path, unix.O_DIRECT)
-		o.noise = append(o.noise, noise{open(t, path, unix.O_DIRECT), noiseStart, noiseMiddle}, noise{open(t, path, 0), noiseMiddle, orderDisk})
+		o.noise = append(o.noise, noise{open(t, path, unix.O_DIRECT), noiseStart, noiseMiddle}, noise{open(t, path, 0), noiseMiddle, noiseEnd})
 		paths = append(paths, path)
 	}
 	o.d = program.New(t)
@@ -352,8 +353,7 @@ func (o *order) gapsRefused() {
 			continue
 		}
 		for _, p := range between.positions(o.rng, 3) {
-			const insideGap = 8
-			o.d.Refused(insideGap, "restore", "--vault", o.d.Vault, "g", "--disk", o.names[0], "--at", seq(p), "--to", to)
+			o.d.Refused(exitInsideGap, "restore", "--vault", o.d.Vault, "g", "--disk", o.names[0], "--at", seq(p), "--to", to)
 		}
 	}
 	if _, err := os.Stat(to); err == nil {

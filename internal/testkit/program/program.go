@@ -133,6 +133,14 @@ func (d *Daemon) Stop() {
 	}
 }
 
+// LoseTap removes the taps of a killed daemon, as a reboot does.
+func (d *Daemon) LoseTap() {
+	d.t.Helper()
+	if err := removePins(d.State); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
 // Restart is Kill and Start.
 func (d *Daemon) Restart() {
 	d.t.Helper()
