@@ -89,6 +89,10 @@ type History struct {
 // missing or under a wrong name are no error here, but spoil the points that
 // need them.
 func Load(ctx context.Context, v *vault.Vault, group string) (*History, error) {
+	newest, _, err := v.Newest(ctx, group)
+	if err != nil {
+		return nil, err
+	}
 	refs, strays, err := v.Contents(ctx, group)
 	if err != nil {
 		return nil, err
@@ -101,6 +105,9 @@ func Load(ctx context.Context, v *vault.Vault, group string) (*History, error) {
 		if err := h.lost(ctx, strays); err != nil {
 			return nil, err
 		}
+	}
+	if h.damage == nil && newest > h.last.Sequence {
+		h.spoil(fmt.Errorf("segments %d to %d are missing: %w", h.last.Sequence+1, newest, segment.ErrDamaged))
 	}
 	if err := h.finish(ctx); err != nil {
 		return nil, err
@@ -169,7 +176,19 @@ func (h *History) finish(ctx context.Context) error {
 }
 
 func (h *History) spoil(err error) {
-	h.damage = &DamagedError{Group: h.group, From: h.newest + 1, Err: err}
+	h.damage = &DamagedError{Group: h.group, From: h.unsettled(), Err: err}
+}
+
+// unsettled is the first position that what follows can say anything of: while
+// a gap is open, that of the gap, as the mark that makes points there may follow.
+func (h *History) unsettled() stream.Position {
+	switch n := len(h.stretch); {
+	case h.open:
+		return h.newest + 1
+	case n > 0:
+		return h.stretch[n-1].Last + 1
+	}
+	return 1
 }
 
 // before is the newest point before a position; 0 if there is none.

@@ -46,10 +46,13 @@ func (h *History) Points() []Point {
 // ErrInsideGap, ErrNoPoint or *DamagedError.
 func (h *History) Resolve(s stream.Spec) (Point, error) {
 	p, err := h.locate(context.Background(), s)
-	if err == nil && p.Stretch == 0 {
-		return Point{}, h.insideGap(p.Position, s)
+	switch {
+	case err != nil || p.Stretch != 0:
+		return p, err
+	case h.damage != nil && p.Position >= h.damage.From: // it may have become a point
+		return Point{}, h.damage
 	}
-	return p, err
+	return Point{}, h.insideGap(p.Position, s)
 }
 
 // ResolveFuzzy is Resolve that takes points inside a gap too. Their Stretch is 0.

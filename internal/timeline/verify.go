@@ -48,11 +48,15 @@ func (d Damage) String() string {
 // were read. Damage is not an error.
 func Verify(ctx context.Context, v *vault.Vault, group string, progress func(done, total int64)) (Report, error) {
 	r := Report{Group: group, Damage: []Damage{}}
+	newest, last, err := v.Newest(ctx, group)
+	if err != nil {
+		return r, err
+	}
 	refs, strays, err := v.Contents(ctx, group)
 	if err != nil {
 		return r, err
 	}
-	c := &checker{report: &r, refs: refs, h: &History{group: group, vault: v}}
+	c := &checker{report: &r, refs: refs, h: &History{group: group, vault: v}, end: last}
 	var done, total int64
 	for _, ref := range refs {
 		c.end = max(c.end, ref.Last)
@@ -66,6 +70,9 @@ func Verify(ctx context.Context, v *vault.Vault, group string, progress func(don
 	})
 	if err != nil {
 		return r, err
+	}
+	if n := len(refs); n == 0 || newest > refs[n-1].Sequence {
+		c.cutOff(newest)
 	}
 	if err := c.strays(ctx, strays); err != nil {
 		return r, err
@@ -104,7 +111,7 @@ func (c *checker) object(i int, o *vault.Object, err error) error {
 		if !errors.Is(err, segment.ErrDamaged) {
 			return err
 		}
-		d := Damage{Object: ref.Name, From: ref.First, To: c.end, Detail: err.Error()}
+		d := Damage{Object: ref.Name, From: min(ref.First, c.h.unsettled()), To: c.end, Detail: err.Error()}
 		if twice { // the other one may be the true one
 			d.To, d.Detail = 0, "there is another object for this segment, and this one is not it: "+d.Detail
 		} else {
@@ -120,7 +127,7 @@ func (c *checker) object(i int, o *vault.Object, err error) error {
 		return nil
 	}
 	if err := errors.Join(c.h.chain(o), c.h.sound(o)); err != nil {
-		c.add(Damage{Object: ref.Name, From: ref.First, To: c.end, Detail: err.Error()})
+		c.add(Damage{Object: ref.Name, From: min(ref.First, c.h.unsettled()), To: c.end, Detail: err.Error()})
 		c.broken = true
 		return nil
 	}
@@ -144,8 +151,19 @@ func (c *checker) missing(i int) {
 		if next <= want {
 			detail = fmt.Sprintf("no object holds segment %d before it", want-1)
 		}
-		c.add(Damage{Object: c.refs[i].Name, From: c.h.newest + 1, To: c.end, Detail: detail})
+		c.add(Damage{Object: c.refs[i].Name, From: c.h.unsettled(), To: c.end, Detail: detail})
 		c.broken = true
+	}
+}
+
+// cutOff reports that the writer stored more than there is.
+func (c *checker) cutOff(newest uint64) {
+	have := uint64(0)
+	if n := len(c.refs); n > 0 {
+		have = c.refs[n-1].Sequence
+	}
+	if newest > have {
+		c.add(Damage{Object: fmt.Sprintf("segment %d", newest), From: c.h.unsettled(), To: c.end, Detail: fmt.Sprintf("segments %d to %d were stored and are missing", have+1, newest)})
 	}
 }
 
@@ -201,7 +219,7 @@ func (c *checker) strays(ctx context.Context, names []string) error {
 		d := Damage{Object: name, Detail: "it has no segment's name"}
 		switch sum, err := c.h.vault.Stray(ctx, c.report.Group, name); {
 		case err == nil && sum.Sequence > c.h.last.Sequence && !c.broken:
-			d.From, d.To = c.h.newest+1, max(c.end, sum.Last)
+			d.From, d.To = c.h.unsettled(), max(c.end, sum.Last)
 			d.Detail = fmt.Sprintf("it is segment %d under a wrong name", sum.Sequence)
 		case err == nil:
 			d.Detail = fmt.Sprintf("it is segment %d under a wrong name", sum.Sequence)

@@ -165,6 +165,9 @@ func (w *world) put() error {
 	}
 	w.acked++
 	w.check()
+	if n, last, err := w.v.Newest(w.t.Context(), "g"); err != nil || n != uint64(w.acked) || last != sum.Last {
+		w.fail("after segment %d, %d is noted as the newest, with position %d: %v", w.acked, n, last, err)
+	}
 	for _, name := range w.files("/") {
 		if strings.HasSuffix(name, temporary) {
 			w.fail("%s is still there after a Put", name)
@@ -209,7 +212,11 @@ func (w *world) check() {
 	if err := v.CheckLock(w.t.Context(), "g"); err != nil {
 		w.fail("the lock: %v", err)
 	}
+	newest, _, noteErr := v.Newest(w.t.Context(), "g")
 	refs, strays, err := v.Contents(w.t.Context(), "g")
+	if noteErr != nil || newest > uint64(len(refs)) {
+		w.fail("%d segments are listed, %d is noted as the newest: %v", len(refs), newest, noteErr)
+	}
 	if err != nil && !(errors.Is(err, ErrNoGroup) && w.acked == 0) || len(strays) > 0 {
 		w.fail("listing: %v, strays %v", err, strays)
 	}
@@ -344,6 +351,7 @@ func TestOrder(t *testing.T) {
 	spooled := []string{"create SPOOLED", "write SPOOLED", "sync SPOOLED", "syncdir /spool", "syncdir /"}
 	dirs := []string{"syncdir /a/vault/groups/g", "syncdir /a/vault/groups/g/segments"}
 	folder := "syncdir /a/vault/groups/g/segments/L00"
+	note := func(n, last int) string { return fmt.Sprintf("newest-%016x-%016x", n, last) }
 	copied := []string{"create SEGMENT.writing", "write SEGMENT.writing", "sync SEGMENT.writing"}
 	put := map[links][]string{
 		linksAll:    {"sync SPOOLED", "link SPOOLED SEGMENT", folder},
@@ -355,6 +363,7 @@ func TestOrder(t *testing.T) {
 		if err := errors.Join(w.begin(), w.put()); err != nil {
 			t.Fatal(err)
 		}
+		first := int(w.sums[0].Last)
 		short := strings.NewReplacer(crashVault+"/"+marker, "MARKER", crashVault+"/groups/g/lock", "LOCK",
 			crashVault+"/"+seg+fmt.Sprintf("%016x.seg", w.sums[0].Last), "SEGMENT", crashSpool+"/0000000000000001.seg", "SPOOLED",
 			" "+marker, " MARKER", fmt.Sprintf(" 0000000000000001-0000000000000001-%016x.seg", w.sums[0].Last), " SEGMENT", fmt.Sprintf(".%d-", os.Getpid()), ".N-")
@@ -373,7 +382,7 @@ func TestOrder(t *testing.T) {
 				got = append(got, line)
 			}
 		}
-		want := slices.Concat(begin, named[kind], settled, lock, spooled, dirs, put[kind])
+		want := slices.Concat(begin, named[kind], settled, lock, spooled, dirs, put[kind], []string{"create /a/vault/groups/g/" + note(1, first)})
 		if !slices.Equal(got, want) {
 			t.Errorf("file system %d: got\n%s\nwant\n%s", kind, strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}

@@ -83,8 +83,9 @@ type Lock struct {
 	group   string
 	release func() error
 
-	mu   sync.Mutex
-	tail *tail // what the vault holds last; nil until the first Put
+	mu    sync.Mutex
+	tail  *tail  // what the vault holds last; nil until the first Put
+	noted newest // what the vault says it holds last; known when tail is
 }
 
 // lockPatience is how long Lock tries: Locks holds each lock for a moment.

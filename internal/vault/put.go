@@ -43,6 +43,9 @@ func (v *Vault) Put(ctx context.Context, l *Lock, path string, sum segment.Summa
 	}
 	if l.tail == nil {
 		t, err := v.findTail(ctx, l.group)
+		if err == nil {
+			err = v.findNoted(l)
+		}
 		if err != nil {
 			return err
 		}
@@ -58,7 +61,10 @@ func (v *Vault) Put(ctx context.Context, l *Lock, path string, sum segment.Summa
 		return fmt.Errorf("%s: %w", path, err)
 	}
 	if sum.Sequence <= l.tail.sum.Sequence {
-		return v.same(ctx, l.group, src, sum)
+		if err := v.same(ctx, l.group, src, sum); err != nil || sum.Sequence < l.tail.sum.Sequence {
+			return err
+		}
+		return v.note(l, newest{sum.Sequence, sum.Last})
 	}
 	if err := l.tail.follows(next); err != nil {
 		return fmt.Errorf("group %s: %w", l.group, err)
@@ -68,7 +74,7 @@ func (v *Vault) Put(ctx context.Context, l *Lock, path string, sum segment.Summa
 		return unreachable(err)
 	}
 	l.tail = &tail{sum, next.GroupID}
-	return nil
+	return v.note(l, newest{sum.Sequence, sum.Last})
 }
 
 // check opens the segment that is to be put.

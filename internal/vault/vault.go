@@ -4,6 +4,7 @@
 //
 //	tidemark-vault                                    marker: this place is a vault
 //	groups/GROUP/lock                                 who may write (local folders)
+//	groups/GROUP/newest-SEQ-LAST                      what was stored last (local folders); empty
 //	groups/GROUP/segments/L00/SEQ-FIRST-LAST.seg      sixteen hexadecimal digits each
 //
 // The bucket is gocloud's: a local folder through a driver of our own, anything
