@@ -86,13 +86,13 @@ func printDiagnosis(out io.Writer, d diagnosis, fixed bool) {
 		for _, w := range d.Device.Ways {
 			ways = append(ways, table.Row{w.Way, w.Answer, w.Reason, w.Remedy})
 		}
-		printTable(out, table.Row{"way in", "", "why not", "what to do"}, ways)
+		printTable(out, table.Row{"way in", "answer", "why not", "what to do"}, ways)
 	}
 	var checks []table.Row
 	for _, c := range d.Checks {
 		checks = append(checks, table.Row{c.What, c.Answer, c.Reason, c.Remedy})
 	}
-	printTable(out, table.Row{"this machine has", "", "why not", "what to do"}, checks)
+	printTable(out, table.Row{"this machine has", "answer", "why not", "what to do"}, checks)
 	for _, p := range d.Pins {
 		what := "tap"
 		if p.Orphan {

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -26,7 +27,10 @@ func main() {
 		os.Exit(freeze.WatchdogMain())
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	go func() {
+		<-ctx.Done()
+		stop() // who signals again does not want to wait
+	}()
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
@@ -41,12 +45,30 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitOK
 	}
 	code := exitCode(ctx, err)
+	if code == exitInterrupted && errors.Is(err, context.Canceled) {
+		err = interruption(err)
+	}
 	if slices.Contains(args, "--json") {
 		_ = json.NewEncoder(stderr).Encode(map[string]any{"message_type": "exit_error", "code": code, "message": err.Error()})
 	} else {
 		fmt.Fprintf(stderr, "tidemark: %v\n", err)
 	}
 	return code
+}
+
+// interrupted is what a verb wants to be said when a signal ends it.
+type interrupted struct{ hint string }
+
+func (i interrupted) Error() string { return "interrupted: " + i.hint }
+func (i interrupted) Unwrap() error { return context.Canceled }
+
+// interruption leaves out in the middle of what the signal came.
+func interruption(err error) error {
+	var i interrupted
+	if errors.As(err, &i) {
+		return i
+	}
+	return errors.New("interrupted")
 }
 
 func newRoot() *cobra.Command {

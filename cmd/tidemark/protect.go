@@ -67,6 +67,9 @@ history goes on: only what differs is copied.`,
 			}
 			client := dial(socketFlagOf(cmd))
 			g, err := client.Protect(cmd.Context(), req)
+			if err != nil && cmd.Context().Err() != nil {
+				return interrupted{"the daemon takes back what it had begun; tidemark status tells"}
+			}
 			if err != nil {
 				return err
 			}
@@ -135,16 +138,15 @@ func waitProtected(ctx context.Context, c *api.Client, name string, progress io.
 		silent := err != nil && asked.Err() != nil && ctx.Err() == nil
 		cancel()
 		switch {
+		case ctx.Err() != nil:
+			return g, interrupted{fmt.Sprintf("group %s is protected and goes on being copied; tidemark status --watch shows it", name)}
 		case silent:
 			bar.Note([]string{fmt.Sprintf("the daemon has not answered for %v", answerWithin)})
 			continue
 		case err != nil:
 			return g, err
 		}
-		var size, gap int64
-		for _, d := range g.Disks {
-			size, gap = size+d.SizeBytes, gap+d.GapBytes
-		}
+		size, gap := sizeAndGap(g)
 		bar.Set(size-gap, size)
 		reasons := holdups(g)
 		if len(reasons) == 0 {
@@ -160,7 +162,6 @@ func waitProtected(ctx context.Context, c *api.Client, name string, progress io.
 		}
 		select {
 		case <-ctx.Done():
-			return g, ctx.Err()
 		case <-tick.C:
 		}
 	}
@@ -171,6 +172,10 @@ func groupStatus(ctx context.Context, c *api.Client, name string) (api.Group, er
 	if err != nil {
 		return api.Group{}, err
 	}
+	return groupIn(st, name)
+}
+
+func groupIn(st api.Status, name string) (api.Group, error) {
 	for _, g := range st.Groups {
 		if g.Name == name {
 			return g, nil

@@ -1,10 +1,10 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
-	"time"
 
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/spf13/cobra"
@@ -21,42 +21,38 @@ func newStatus() *cobra.Command {
 		Example: "  tidemark status --watch\n  tidemark status db --json",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			client, out := dial(socketFlagOf(cmd)), cmd.OutOrStdout()
-			for {
-				st, err := client.Status(cmd.Context())
-				if err != nil {
-					return err
-				}
-				if len(args) == 1 {
-					g, err := groupStatus(cmd.Context(), client, args[0])
-					if err != nil {
-						return err
-					}
-					st.Groups = []api.Group{g}
-				}
-				switch {
-				case asJSON:
-					err = json.NewEncoder(out).Encode(st)
-				case watch:
-					fmt.Fprint(out, "\x1b[H\x1b[2J")
-					fallthrough
-				default:
-					printStatus(out, st)
-				}
-				if err != nil || !watch {
-					return err
-				}
-				select {
-				case <-cmd.Context().Done():
-					return nil
-				case <-time.After(time.Second):
-				}
+			show := func(st api.Status) error { printStatus(out, st); return nil }
+			switch {
+			case asJSON:
+				show = func(st api.Status) error { return json.NewEncoder(out).Encode(st) }
+			case watch:
+				show = newScreen(out).show
 			}
+			if watch {
+				return watchStatus(cmd.Context(), client, args, show, cmd.ErrOrStderr())
+			}
+			st, err := statusOf(cmd.Context(), client, args)
+			if err != nil {
+				return err
+			}
+			return show(st)
 		},
 	}
 	socketFlag(cmd)
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON (with --watch: a line a second)")
 	cmd.Flags().BoolVar(&watch, "watch", false, "keep showing it until interrupted")
 	return cmd
+}
+
+// statusOf asks for one group or all.
+func statusOf(ctx context.Context, c *api.Client, args []string) (api.Status, error) {
+	st, err := c.Status(ctx)
+	if err != nil || len(args) == 0 {
+		return st, err
+	}
+	g, err := groupIn(st, args[0])
+	st.Groups = []api.Group{g}
+	return st, err
 }
 
 func printStatus(out io.Writer, st api.Status) {
@@ -77,9 +73,9 @@ func printGroup(out io.Writer, g api.Group) {
 	fmt.Fprintf(out, "  queues      ring %s of %s, spool %s\n", formatSize(g.RingUsedBytes), formatSize(g.RingBytes), formatSize(g.SpoolBytes))
 	var rows []table.Row
 	for _, d := range g.Disks {
-		rows = append(rows, table.Row{d.Name, d.Device, formatSize(d.SizeBytes), percent(d.GapBytes, d.SizeBytes), d.Writes, formatSize(int64(d.WrittenBytes)), d.Identity})
+		rows = append(rows, table.Row{d.Name, d.Device, formatSize(d.SizeBytes), percent(d.GapBytes, d.SizeBytes), d.Writes, formatSize(int64(d.WrittenBytes)), d.LostWrites, d.FailedWrites, d.Identity})
 	}
-	printTable(out, table.Row{"disk", "device", "size", "to fill", "writes", "captured", "identity"}, rows)
+	printTable(out, table.Row{"disk", "device", "size", "to fill", "writes", "captured", "lost", "failed", "identity"}, rows)
 	printConditions(out, g.Conditions)
 }
 

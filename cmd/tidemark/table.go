@@ -46,6 +46,9 @@ func printTable(out io.Writer, header table.Row, rows []table.Row) {
 
 // terminalWidth is how many columns a terminal has; 0 where out is none.
 func terminalWidth(out io.Writer) int {
+	if c, ok := out.(*canvas); ok {
+		return c.width
+	}
 	f, ok := out.(*os.File)
 	if !ok || !isTerminal(f) {
 		return 0

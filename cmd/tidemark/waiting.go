@@ -12,10 +12,7 @@ import (
 // holdups says, in sentences, what a group that is waited for still lacks, and
 // every condition that may be the reason. None: it is consistent and durable.
 func holdups(g api.Group) []string {
-	var size, gap int64
-	for _, d := range g.Disks {
-		size, gap = size+d.SizeBytes, gap+d.GapBytes
-	}
+	size, gap := sizeAndGap(g)
 	var out []string
 	switch {
 	case g.ConsistentSince != 0 && g.DurablePosition >= g.ConsistentSince:
@@ -33,6 +30,14 @@ func holdups(g api.Group) []string {
 		out = append(out, strings.TrimSpace(fmt.Sprintf("%s %s: %s %s", c.Severity, c.Code, c.Detail, c.Remedy)))
 	}
 	return out
+}
+
+// sizeAndGap are the bytes of a group's disks, and those that the history does not know.
+func sizeAndGap(g api.Group) (size, gap int64) {
+	for _, d := range g.Disks {
+		size, gap = size+d.SizeBytes, gap+d.GapBytes
+	}
+	return size, gap
 }
 
 // waiting decides when to say what holds a wait up: as soon as a condition comes

@@ -120,6 +120,11 @@ func (s *service) Protect(ctx context.Context, r api.ProtectRequest) (api.Group,
 	if err != nil {
 		return api.Group{}, coded(err)
 	}
+	if ctx.Err() != nil { // who asked is gone, and would not know of it
+		if err := g.Unprotect(context.WithoutCancel(ctx), true); err == nil {
+			return api.Group{}, ctx.Err()
+		}
+	}
 	s.mu.Lock()
 	s.groups[g.Config().Name] = g
 	s.mu.Unlock()

@@ -285,7 +285,7 @@ func (g *Group) fail(err error) {
 		g.env.Log.Error("the group is offline", "group", g.cfg.Name, "error", err)
 	}
 	g.health.Raise(health.Condition{Code: "offline", Severity: health.Error, Subject: g.cfg.Name,
-		Detail: "The group is offline: " + err.Error(), Remedy: "Bring back what is missing; it is tried again every few seconds. Capture goes on in the kernel as long as its ring has room."})
+		Detail: "The group is offline: " + strings.TrimSuffix(err.Error(), ": "+ErrOffline.Error()), Remedy: "Bring back what is missing; it is tried again every few seconds. Capture goes on in the kernel as long as its ring has room."})
 }
 
 func (g *Group) current() *session { return g.live.Load() }
@@ -293,7 +293,10 @@ func (g *Group) current() *session { return g.live.Load() }
 func (g *Group) offlineError() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.failed != nil {
+	switch {
+	case errors.Is(g.failed, ErrOffline):
+		return g.failed // which says so
+	case g.failed != nil:
 		return fmt.Errorf("%w: %w", ErrOffline, g.failed)
 	}
 	return fmt.Errorf("%w: it is being opened; try again in a moment", ErrOffline)
