@@ -1,0 +1,161 @@
+package capture
+
+import (
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"tidemark/internal/block"
+	"tidemark/internal/source"
+	"tidemark/internal/stack"
+)
+
+// Altitude is where the filter belongs: below whatever changes what is written.
+const Altitude = 100
+
+// filter records the writes of one device.
+type filter struct {
+	ring *Ring
+	disk int
+	gone <-chan struct{}
+}
+
+// Driver gives the filter for a disk of the ring, by its index.
+func (r *Ring) Driver(disk int) stack.Driver {
+	return stack.DriverFunc(func(below *stack.Below) (stack.Filter, error) {
+		if d := r.cfg.Disks[disk]; below.Size() != d.Size {
+			return nil, fmt.Errorf("%s has %d bytes, and the ring is for one of %d: %w", d.Name, below.Size(), d.Size, ErrConfig)
+		}
+		return &filter{ring: r, disk: disk, gone: below.Gone()}, nil
+	})
+}
+
+var (
+	_ stack.Sieve  = (*filter)(nil)
+	_ stack.Inline = (*filter)(nil)
+
+	_ stack.Resizer = (*filter)(nil)
+)
+
+// Inline: it waits only for the ring, within Patience.
+func (f *filter) Inline() {}
+
+// Pass lets everything go by that changes nothing.
+func (f *filter) Pass(r *stack.Request) bool { return !r.Writes() }
+
+// Handle records a write, then passes it on.
+func (f *filter) Handle(r *stack.Request, next stack.Next) error {
+	if d := f.ring.cfg.Disks[f.disk]; r.Range.End() > d.Size {
+		f.ring.gap(f.disk, r.Range.Intersect(block.Range{Len: d.Size}))
+		f.ring.fail(fmt.Errorf("%s is written beyond the %d bytes that it had", d.Name, d.Size))
+		return next.Do(r)
+	}
+	slot := f.ring.submit(f, r)
+	err := next.Do(r)
+	f.ring.end(f.disk, slot, err)
+	return err
+}
+
+// Spoil makes the whole device a gap: from here on its writes are not seen.
+func (f *filter) Spoil(cause error) string {
+	d := f.ring.cfg.Disks[f.disk]
+	f.ring.gap(f.disk, block.Range{Len: d.Size})
+	f.ring.fail(fmt.Errorf("the writes of %s are no longer captured: %w", d.Name, cause))
+	return "the stream of " + d.Name + " has a gap: all of it will be compared with the vault"
+}
+
+// Resized ends the capture: a history is of disks that keep their sizes.
+func (f *filter) Resized(size int64) {
+	if d := f.ring.cfg.Disks[f.disk]; size != d.Size {
+		f.ring.fail(fmt.Errorf("%s has %d bytes and had %d", d.Name, size, d.Size))
+	}
+}
+
+// Detach ends the capture of the device. Who removes a device from its group
+// does it in order; otherwise it is a loss.
+func (f *filter) Detach(why stack.Reason) {
+	if why == stack.Surprise {
+		f.ring.fail(fmt.Errorf("the device %s is gone", f.ring.cfg.Disks[f.disk].Name))
+	}
+}
+
+// submit gives a write its place among those of the group, and returns the slot
+// that says that it is on its way.
+func (r *Ring) submit(f *filter, q *stack.Request) int {
+	c := &r.counts[f.disk]
+	c.submitted.Add(uint64(q.Range.Len))
+	payload := q.Data
+	if q.Op != block.OpWrite {
+		payload = nil
+	}
+	r.mu.Lock()
+	slot := r.slot()
+	pos, ok := r.reserveFor(f, len(payload))
+	s := &r.slots[slot]
+	s.Place, s.Offset, s.Disk, s.Dropped = pos, q.Range.Off, uint32(f.disk), 0
+	if !ok {
+		s.Place, s.Dropped = r.head.Producer, 1
+	}
+	atomic.StoreInt64(&s.Length, q.Range.Len)
+	drops := r.Drops()
+	r.mu.Unlock()
+	if !ok {
+		c.lost.Add(1)
+		r.gap(f.disk, q.Range) // before it is passed on: whatever comes after it tells of it
+		return slot
+	}
+	r.fill(pos, source.Write, f.disk, q.Op, q.Range, drops, 0, 0, payload)
+	c.writes.Add(1)
+	c.bytes.Add(uint64(q.Range.Len))
+	return slot
+}
+
+// slot takes a free slot, waiting for one; r.mu is held.
+func (r *Ring) slot() int {
+	for len(r.free) == 0 {
+		r.room.Wait()
+	}
+	i := r.free[len(r.free)-1]
+	r.free = r.free[:len(r.free)-1]
+	return i
+}
+
+// reserveFor reserves room for a write, waiting for it as long as the ring's
+// patience lasts; r.mu is held, and let go of while it waits.
+func (r *Ring) reserveFor(f *filter, n int) (uint64, bool) {
+	if n > payloadMax || next(uint64(recordHead+n)) > uint64(r.cfg.RingBytes) {
+		return 0, false
+	}
+	pos, ok := r.reserve(n)
+	if ok || r.cfg.Patience == 0 {
+		return pos, ok
+	}
+	over := false
+	end := time.AfterFunc(r.cfg.Patience, func() { r.mu.Lock(); over = true; r.mu.Unlock(); r.room.Broadcast() })
+	defer end.Stop()
+	for !ok && !over && !r.closed {
+		select {
+		case <-f.gone:
+			return 0, false
+		default:
+		}
+		r.room.Wait()
+		pos, ok = r.reserve(n)
+	}
+	return pos, ok
+}
+
+// end says that a write has ended. One that failed may have changed anything in its range.
+func (r *Ring) end(disk, slot int, err error) {
+	s, c := &r.slots[slot], &r.counts[disk]
+	c.ended.Add(uint64(s.Length))
+	if err != nil {
+		c.failed.Add(1)
+		r.gap(disk, block.Range{Off: s.Offset, Len: s.Length})
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	atomic.StoreInt64(&s.Length, 0)
+	r.free = append(r.free, slot)
+	r.room.Broadcast()
+}
