@@ -57,7 +57,7 @@ func (s *Stack) newCall() any {
 
 // do sends one request through the filters of ch from the index on.
 func (s *Stack) send(c *call, ch *chain, from int) error {
-	c.chain = ch
+	c.chain, c.req.lane = ch, c.shard
 	err := c.descend(from)
 	ch.leave(c.shard)
 	if !c.kept.Load() {

@@ -63,7 +63,16 @@ type Request struct {
 	FUA   bool        // of a write: it is stable when it ends
 	Range block.Range // bytes; empty for a flush
 	Data  []byte      // of a read and of a write, Range.Len bytes
+
+	lane int
 }
+
+// Lanes is over how many counters a filter that counts requests should spread
+// them, and Lane a request's, from 0: processors mostly keep to their own.
+const Lanes = shards
+
+// Lane is below Lanes.
+func (r *Request) Lane() int { return r.lane }
 
 // Writes says whether the request changes content.
 func (r *Request) Writes() bool { return r.Op != block.OpRead && r.Op != block.OpFlush }
