@@ -71,6 +71,7 @@ var layer = map[string][]string{
 		"internal/filter/track", "internal/stack"},
 	"internal/front/ublk": {"internal/block", "internal/abi/ublk", "internal/uring"},
 	"internal/front/nbd":  {"internal/block", "internal/abi/nbd"},
+	"internal/front/nbdk": {"internal/block", "internal/abi/nbd", "internal/front/nbd"},
 	"internal/front/loop": {"internal/block", "internal/loop"},
 	"internal/overlay":    {"internal/block"},
 	"internal/mount":      {"internal/block", "internal/front/loop", "internal/loop"},

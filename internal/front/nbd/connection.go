@@ -59,8 +59,9 @@ func newConnection(ctx context.Context, s *Server, conn net.Conn) *connection {
 	}
 }
 
-// serve greets the client, answers it until it is gone, and forgets it.
-func (c *connection) serve(greet func() error) {
+// serve greets the client, answers it until it is gone, and forgets it. A
+// client that took its leave is no error.
+func (c *connection) serve(greet func() error) error {
 	defer func() {
 		c.link.rw.Close()
 		c.cancel()
@@ -80,6 +81,13 @@ func (c *connection) serve(greet func() error) {
 	if errors.Is(err, errRefused) {
 		c.server.complain("an NBD client was cut off", "client", c.link.raw.RemoteAddr(), "why", err)
 	}
+	return err
+}
+
+// removed says that the server ended the connection: Remove, or the end of ctx.
+func (c *connection) removed() bool {
+	_, err := c.server.find(c.export.Name)
+	return err != nil
 }
 
 // use settles on an export; what was agreed on for another one is void.

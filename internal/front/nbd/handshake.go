@@ -170,14 +170,14 @@ func (c *connection) exportName(name string) error {
 	}
 	var pad [124]byte
 	if c.noZeroes {
-		return c.say(uint64(e.Device.Size()), c.flags(e))
+		return c.say(uint64(e.Device.Size()), e.flags(c.structured))
 	}
-	return c.say(uint64(e.Device.Size()), c.flags(e), pad)
+	return c.say(uint64(e.Device.Size()), e.flags(c.structured), pad)
 }
 
-func (c *connection) flags(e Export) uint16 {
+func (e Export) flags(structured bool) uint16 {
 	f := nbd.HasFlags | nbd.SendFlush | nbd.SendFUA | nbd.CanMultiConn | nbd.SendCache
-	if c.structured {
+	if structured {
 		f |= nbd.SendDF
 	}
 	if e.ReadOnly {
@@ -225,7 +225,7 @@ func (c *connection) info(opt uint32, data []byte) (bool, error) {
 	}
 	smallest := uint32(max(e.BlockSize, 1))
 	err = errors.Join(
-		c.reply(opt, nbd.RepInfo, uint16(nbd.InfoExport), uint64(e.Device.Size()), c.flags(e)),
+		c.reply(opt, nbd.RepInfo, uint16(nbd.InfoExport), uint64(e.Device.Size()), e.flags(c.structured)),
 		c.reply(opt, nbd.RepInfo, uint16(nbd.InfoName), e.Name),
 		c.reply(opt, nbd.RepInfo, uint16(nbd.InfoDesc), e.Description),
 		c.reply(opt, nbd.RepInfo, uint16(nbd.InfoBlockSize), smallest, max(smallest, 4096), uint32(payloadMax)),

@@ -74,10 +74,11 @@ const (
 	drainTime     = 5 * time.Second // to take the last replies when the server ends
 )
 
-// Errors of a Server's exports.
+// Errors of a Server's exports and clients.
 var (
 	ErrNoExport = errors.New("no such export")
 	ErrExport   = errors.New("an export that cannot be served")
+	ErrHungUp   = errors.New("the client hung up")
 )
 
 // Server serves exports. Its zero value has none. All methods may be called concurrently.
@@ -184,13 +185,15 @@ func (s *Server) Serve(ctx context.Context, l *Listener) error {
 			continue
 		}
 		c.tls = l.TLS
-		all.Go(func() { c.serve(c.handshake) })
+		all.Go(func() { _ = c.serve(c.handshake) }) // who should hear of it has heard
 	}
 }
 
 // ServeConn answers one client that has agreed on an export already by other
 // means, the kernel for example: requests and simple replies, no handshake. It
-// owns conn, and returns when the client is done or ctx ends.
+// owns conn, and returns when the client took its leave, ctx ended or the export was
+// removed, which is no error, or with ErrHungUp when the connection ended otherwise. No request of
+// the client is under way any more then.
 func (s *Server) ServeConn(ctx context.Context, conn net.Conn, name string) error {
 	e, err := s.find(name)
 	if err != nil {
@@ -202,8 +205,27 @@ func (s *Server) ServeConn(ctx context.Context, conn net.Conn, name string) erro
 		conn.Close()
 		return fmt.Errorf("there are %d connections: no more are served", connectionMax)
 	}
-	c.serve(func() error { return c.use(e) })
-	return nil
+	err = c.serve(func() error { return c.use(e) })
+	if err == nil || c.removed() || ctx.Err() != nil {
+		return nil
+	}
+	return fmt.Errorf("%w: %w", ErrHungUp, err)
+}
+
+// Offer is what a client that does no handshake must be told of an export.
+type Offer struct {
+	Size      int64  // bytes
+	BlockSize int64  // smallest request, bytes; 1 where any will do
+	Flags     uint16 // transmission flags, where replies are simple
+}
+
+// Offer looks an export up.
+func (s *Server) Offer(name string) (Offer, error) {
+	e, err := s.find(name)
+	if err != nil {
+		return Offer{}, err
+	}
+	return Offer{Size: e.Device.Size(), BlockSize: max(e.BlockSize, 1), Flags: e.flags(false)}, nil
 }
 
 // transient are errors of Accept that pass: the client is gone already, or this
