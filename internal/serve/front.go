@@ -31,7 +31,7 @@ type front interface {
 	// have been killed, nil for a new device.
 	serve(ctx context.Context, spec Spec, dev shown, memory json.RawMessage) (served, error)
 	// forget removes what a process that was killed has left of a device.
-	forget(ctx context.Context, memory json.RawMessage) error
+	forget(ctx context.Context, spec Spec, memory json.RawMessage) error
 }
 
 // served is a device that is being shown.
@@ -57,6 +57,8 @@ func (s shown) Limits() block.Limits { return s.limits }
 
 func newFronts(env *Env) map[string]front {
 	return map[string]front{
+		FrontUblk:      ublkFront{},
+		FrontNBD:       nbdFront{env.Log},
 		FrontLoop:      loopFront{env.Helper},
 		FrontNBDServer: nbdServer{filepath.Join(env.StateDir, "devices"), env.Log},
 	}
@@ -90,4 +92,4 @@ func (n none) probe() error {
 func (n none) serve(context.Context, Spec, shown, json.RawMessage) (served, error) {
 	return nil, n.probe()
 }
-func (n none) forget(context.Context, json.RawMessage) error { return nil }
+func (n none) forget(context.Context, Spec, json.RawMessage) error { return nil }

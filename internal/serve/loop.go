@@ -33,7 +33,7 @@ func (f loopFront) probe() error {
 
 // serve begins anew: a loop device of the process before gives nothing but I/O errors.
 func (f loopFront) serve(ctx context.Context, spec Spec, dev shown, memory json.RawMessage) (served, error) {
-	if err := f.forget(ctx, memory); err != nil {
+	if err := f.forget(ctx, spec, memory); err != nil {
 		return nil, err
 	}
 	p, err := fuseloop.Present(ctx, f.helper, dev, loop.Options{DirectIO: true, ReadOnly: spec.ReadOnly, PartScan: true, BlockSize: int(dev.limits.LogicalBlock)})
@@ -49,7 +49,7 @@ type loopMemory struct {
 	Seq  uint64 `json:"disk_sequence"`
 }
 
-func (f loopFront) forget(ctx context.Context, memory json.RawMessage) error {
+func (f loopFront) forget(ctx context.Context, _ Spec, memory json.RawMessage) error {
 	var m loopMemory
 	if len(memory) == 0 {
 		return nil

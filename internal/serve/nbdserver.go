@@ -55,7 +55,7 @@ func (f nbdServer) serve(_ context.Context, spec Spec, dev shown, _ json.RawMess
 	return s, nil
 }
 
-func (f nbdServer) forget(context.Context, json.RawMessage) error { return nil } // a stale socket is replaced
+func (f nbdServer) forget(context.Context, Spec, json.RawMessage) error { return nil } // a stale socket is replaced
 
 func (s *nbdServed) kernel() string          { return "" }
 func (s *nbdServed) uri() string             { return s.where }

@@ -6,6 +6,8 @@ package serve
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -86,7 +88,7 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 		d := &Device{spec: Spec{Name: name}}
 		r, err := s.load(name)
 		if err == nil && !r.Made { // killed while it was made: nobody was told of it
-			err = errors.Join(s.front(r.Spec.Front).forget(ctx, r.Memory), s.erase(name))
+			err = errors.Join(s.front(r.Spec.Front).forget(ctx, r.Spec, r.Memory), s.erase(name))
 			if err == nil {
 				continue
 			}
@@ -111,6 +113,11 @@ func (s *Server) Create(ctx context.Context, spec Spec) (Info, error) {
 	if err := s.check(&spec); err != nil {
 		return Info{}, err
 	}
+	var id [8]byte
+	if _, err := rand.Read(id[:]); err != nil {
+		return Info{}, err
+	}
+	spec.ID = hex.EncodeToString(id[:])
 	d := &Device{spec: spec}
 	if err := s.save(record{Spec: spec}); err != nil {
 		return Info{}, err
@@ -176,7 +183,7 @@ func (s *Server) Remove(ctx context.Context, name string) error {
 	}
 	if d.served == nil {
 		if r, err := s.load(name); err == nil {
-			if err := s.front(r.Spec.Front).forget(ctx, r.Memory); err != nil {
+			if err := s.front(r.Spec.Front).forget(ctx, r.Spec, r.Memory); err != nil {
 				return err
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 
 	"tidemark/internal/health"
@@ -19,6 +20,14 @@ type Spec struct {
 	// Listen is where the front nbd-server listens, as an NBD URI; "" is a unix socket in the state folder.
 	Listen   string `json:"listen,omitempty"`
 	ReadOnly bool   `json:"read_only,omitempty"`
+	// ID is given by Create; the kernel's device is found again by it.
+	ID string `json:"id"`
+}
+
+// token is ID as a number.
+func (s Spec) token() uint64 {
+	n, _ := strconv.ParseUint(s.ID, 16, 64) // 0 matches no device that Create has made
+	return n
 }
 
 // Info is how a device is.
