@@ -322,6 +322,11 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 	s.mode = newMode(s.tap.PayloadCaptured())
 	s.place, s.skipBefore, s.seenDrops = s.tap.Consumer(), 0, 0
 	s.gapOpen, s.settled = false, 0
+	c, err := s.tap.Counters()
+	if err != nil {
+		return err
+	}
+	s.untold = untoldOf(c)
 	if !s.tap.PayloadCaptured() {
 		s.metadataMode()
 	} else {
@@ -354,13 +359,13 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 }
 
 // changedMeanwhile looks whether the disks still map to what they did when the
-// last session looked at them.
+// last session looked at them, and whether only writes happened since.
 func (s *session) changedMeanwhile() error {
 	if note := s.tap.Note(); note == "" || note == s.fingerprint() {
 		return nil
 	}
 	s.place = max(s.place, s.skipBefore) // where the position is what it is
-	return s.unknownTerritory("a disk was changed while nobody looked")
+	return s.unknownTerritory("a disk was changed, or written past the capture, while nobody looked")
 }
 
 // noteGone has changedMeanwhile find a change where disks that are not as they

@@ -61,6 +61,7 @@ func (s *session) takeBookmark(r *tap.Record) error {
 	}
 	s.position++
 	s.names[r.Name] = true
+	s.unsealed = append(s.unsealed, r.Name)
 	rec := stream.Record{Kind: stream.KindBookmark, Position: s.position, Time: s.stamp(r.MonoTime), Name: r.Name, Consistency: r.Consistency}
 	if err := s.append(&rec); err != nil {
 		return err

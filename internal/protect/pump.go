@@ -149,6 +149,9 @@ func (s *session) seal() error {
 		// segment rot, the difference tells that records are missing.
 		return nil
 	}
+	if why, err := s.checkUntold(); err != nil || why != "" {
+		return errors.Join(err, s.distrust(why))
+	}
 	sealed, err := s.builder.Seal(s.header(), s.state())
 	if err != nil {
 		return fmt.Errorf("sealing a segment: %w", err)
@@ -167,8 +170,27 @@ func (s *session) seal() error {
 	s.pending.push(sealed.Summary.Sequence, s.builderSince, s.restorable())
 	s.builder.Reset()
 	s.marked = 0
+	s.unsealed = s.unsealed[:0]
 	s.settleBookmarks(nil)
 	return nil
+}
+
+// rewind takes back what was taken from the ring and is not durable: it is read
+// once more. It can where no gap is open: then there are writes and bookmarks only.
+func (s *session) rewind() {
+	last := s.previous
+	if s.gapOpen || last.Source.Ring != s.tap.Identity() || last.Settled != s.settled {
+		return
+	}
+	s.place, s.seenDrops, s.position, s.lastTime = tap.Place(last.Source.Place), last.Source.Drops, last.Last, last.Time
+	for _, name := range s.unsealed {
+		delete(s.names, name)
+	}
+	for _, w := range s.waiters {
+		w.taken = false
+	}
+	s.builder.Reset()
+	s.marked, s.unsealed = 0, s.unsealed[:0]
 }
 
 // restorable is the newest position that a restore from everything sealed so far can reach.

@@ -79,14 +79,16 @@ type session struct {
 	lastWatch  time.Time
 	quietScans int
 	watched    watched
+	untold     untold
 	resized    string // name of a disk that the kernel said has another size
 	forsaken   bool   // the tap must not be taken over: the history lacks that a disk changed
 
-	waiters map[uint64]*waiter
-	tokens  uint64
-	names   map[string]bool
-	urgent  bool
-	pending onTheWay // safe for all
+	waiters  map[uint64]*waiter
+	tokens   uint64
+	names    map[string]bool
+	unsealed []string // names of bookmarks that are not durable yet
+	urgent   bool
+	pending  onTheWay // safe for all
 
 	requests chan request
 	uevents  chan disk.Uevent // what the kernel tells of block devices

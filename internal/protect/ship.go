@@ -127,7 +127,7 @@ func (s *session) sealUpTo(end tap.Place) (uint64, error) {
 	if err := s.pump(); err != nil || s.place < end {
 		return 0, err
 	}
-	if err := s.seal(); err != nil || s.full {
+	if err := s.seal(); err != nil || s.full || s.place < end {
 		return 0, err
 	}
 	return s.previous.Sequence, nil

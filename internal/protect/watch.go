@@ -35,12 +35,7 @@ func (s *session) watch() error {
 	// lay beyond the smaller one is gone.
 	if name := s.resized; name != "" {
 		s.resized = ""
-		if err := s.unknownTerritory(fmt.Sprintf("disk %s: its size changed, and changed back", name)); err != nil {
-			return err
-		}
-	}
-	if len(s.uncleared) == 0 { // what changed so far is a gap that is durable
-		if err := s.tap.SetNote(s.fingerprint()); err != nil {
+		if err := s.distrust(fmt.Sprintf("disk %s: its size changed, and changed back", name)); err != nil {
 			return err
 		}
 	}
@@ -59,7 +54,7 @@ func (s *session) watch() error {
 	}
 	now := watched{counters: c, valid: true, excess: s.watched.excess}
 	if why := s.crossCheck(&now, ended); why != "" {
-		return s.unknownTerritory(why)
+		return s.distrust(why)
 	}
 	was := s.watched
 	s.watched = now
@@ -71,12 +66,44 @@ func (s *session) watch() error {
 	if lost(c) > c.LostRanges { // some left only bits
 		s.mode.applyWhile(s.gapOpen, evDropped, was.valid && lost(c) > lost(was.counters))
 	}
-	if was.valid {
-		if why := unexplained(was, now); why != "" {
-			return s.unknownTerritory(why)
-		}
+	if err := s.distrust(s.newlyUntold(c)); err != nil {
+		return err
+	}
+	if len(s.uncleared) == 0 { // what happened so far is a gap that is durable
+		return s.tap.SetNote(s.fingerprint())
 	}
 	return nil
+}
+
+// newlyUntold names what was counted since the last call that no record tells of.
+func (s *session) newlyUntold(c tap.Counters) string {
+	now := untoldOf(c)
+	why := now.since(s.untold)
+	s.untold = now
+	return why
+}
+
+// checkUntold looks for it before records become points. While a gap is open
+// there are none, and the next watch is early enough.
+func (s *session) checkUntold() (why string, err error) {
+	if s.gapOpen {
+		return "", nil
+	}
+	c, err := s.tap.Counters()
+	if err != nil {
+		return "", err
+	}
+	return s.newlyUntold(c), nil
+}
+
+// distrust makes everything unknown that is not durable yet, and the disks as a
+// whole. Without a reason it does nothing.
+func (s *session) distrust(why string) error {
+	if why == "" {
+		return nil
+	}
+	s.rewind()
+	return s.unknownTerritory(why)
 }
 
 // glance looks whether a disk is still what it was.
@@ -95,7 +122,7 @@ func (s *session) glance(i int) error {
 		return s.lose(fmt.Errorf("%s: %w", what, ErrOffline)) // another tap is needed
 	}
 	s.disks[i] = is
-	return s.unknownTerritory(what)
+	return s.distrust(what)
 }
 
 // lose ends the session because a disk is not there any more as it was. It may
@@ -109,9 +136,10 @@ func (s *session) lose(why error) error {
 	return errors.Join(why, err)
 }
 
-// fingerprint is what the disks map to, as text.
+// fingerprint is what the disks map to, and what was counted of what no record
+// tells of, as text. The next session compares it.
 func (s *session) fingerprint() string {
-	var all []string
+	all := []string{fmt.Sprintf("untold %+v", s.untold)}
 	for _, d := range s.disks {
 		all = append(all, d.Fingerprint())
 	}
@@ -164,24 +192,32 @@ func (s *session) still(now tap.Counters) bool {
 	return true
 }
 
-// unexplained names what happened between two looks that no record tells of.
-func unexplained(was, now watched) string {
-	if now.counters.MissedQueue > was.counters.MissedQueue {
+// untold counts what happens without a record in the ring, over all disks.
+type untold struct{ skippedAtQueue, skippedAtEnd, passthrough, blind, foreign uint64 }
+
+func untoldOf(c tap.Counters) untold {
+	u := untold{skippedAtQueue: c.MissedQueue, skippedAtEnd: c.MissedCompletions}
+	for _, d := range c.Disks {
+		u.passthrough += d.Passthrough
+		u.blind += d.Blind
+		u.foreign += d.Foreign
+	}
+	return u
+}
+
+// since names what happened after was.
+func (u untold) since(was untold) string {
+	switch {
+	case u.skippedAtQueue > was.skippedAtQueue:
 		return "the kernel skipped the capture program for a write"
-	}
-	if now.counters.MissedCompletions > was.counters.MissedCompletions {
+	case u.skippedAtEnd > was.skippedAtEnd:
 		return "the kernel skipped a program that looks for failed writes"
-	}
-	for i, d := range now.counters.Disks {
-		old := was.counters.Disks[i]
-		switch {
-		case d.Passthrough > old.Passthrough:
-			return "a command was sent past the block layer that may have written"
-		case d.Blind > old.Blind:
-			return "a write ended whose place cannot be told"
-		case d.Foreign > old.Foreign:
-			return "another disk was written under this one's number"
-		}
+	case u.passthrough > was.passthrough:
+		return "a command was sent past the block layer that may have written"
+	case u.blind > was.blind:
+		return "a write ended whose place cannot be told"
+	case u.foreign > was.foreign:
+		return "another disk was written under this one's number"
 	}
 	return ""
 }
