@@ -221,15 +221,17 @@ func (b *Builder) Seal(h Header, s State) (*Sealed, error) {
 	return &b.sealed, nil
 }
 
+// putFooter takes the checksums of header and index as they stand at their ends:
+// a CRC of something with its own CRC behind it would be the same for everything.
 func (b *Builder) putFooter(s *Summary) {
 	f := b.footer
 	clear(f)
 	copy(f, magicFooter[:])
 	le.PutUint32(f[8:], version)
 	le.PutUint32(f[16:], uint32(len(b.head)))
-	le.PutUint32(f[20:], crc(b.head))
+	copy(f[20:24], b.head[len(b.head)-sumSize:])
 	le.PutUint32(f[24:], uint32(len(b.index)))
-	le.PutUint32(f[28:], crc(b.index))
+	copy(f[28:32], b.index[len(b.index)-sumSize:])
 	le.PutUint64(f[32:], uint64(len(b.frames)))
 	le.PutUint64(f[40:], uint64(s.Size))
 	le.PutUint64(f[48:], s.Sequence)

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 
-	"github.com/klauspost/compress/s2"
-
 	"tidemark/internal/block"
 	"tidemark/internal/stream"
 )
@@ -20,8 +18,7 @@ type Segment struct {
 	r        io.ReaderAt
 	header   Header
 	summary  Summary
-	refs     []byte
-	frameAt  []int64 // where each frame lies in the file, and the end of the last
+	frames   Frames
 	marks    []byte
 	entries  []byte
 	restarts []uint32 // where every restartEvery-th entry begins
@@ -98,7 +95,7 @@ func Open(r io.ReaderAt, size int64) (*Segment, error) {
 		return nil, err
 	}
 	head, ix := b[:w.headLen], b[w.headLen:]
-	if crc(head) != w.headCRC || crc(ix) != w.indexCRC {
+	if le.Uint32(head[len(head)-sumSize:]) != w.headCRC || le.Uint32(ix[len(ix)-sumSize:]) != w.indexCRC {
 		return nil, damaged("the footer belongs to another header or index")
 	}
 	s := &Segment{r: r, summary: sum}
@@ -111,7 +108,7 @@ func Open(r io.ReaderAt, size int64) (*Segment, error) {
 	if err := s.parseIndex(ix, int64(len(b))); err != nil {
 		return nil, err
 	}
-	if s.count != sum.Records || s.frameAt[len(s.frameAt)-1] != size-footerSize {
+	if s.count != sum.Records || s.frames.end() != size-footerSize {
 		return nil, damaged("the index tells of %d records and the footer of %d, or of other frames", s.count, sum.Records)
 	}
 	return s, nil
@@ -134,39 +131,16 @@ func (s *Segment) parseIndex(b []byte, base int64) error {
 	frames, marks := int(le.Uint32(b[12:])), int(le.Uint32(b[20:]))
 	s.count = int(le.Uint32(b[16:]))
 	rest := body[indexHead:]
-	s.refs, rest = rest[:frames*frameRef], rest[frames*frameRef:]
+	refs, rest := rest[:frames*frameRef], rest[frames*frameRef:]
 	s.marks, s.entries = rest[:marks*markSize], rest[marks*markSize:]
 	if s.count > len(s.entries) {
 		return damaged("the index tells of %d records", s.count)
 	}
-	if err := s.parseFrames(base); err != nil {
+	var err error
+	if s.payload, err = s.frames.parse(refs, base); err != nil {
 		return err
 	}
 	return s.parseEntries()
-}
-
-func (s *Segment) parseFrames(at int64) error {
-	n := len(s.refs) / frameRef
-	s.frameAt = make([]int64, n+1)
-	for i := range n {
-		stored, raw, codec := s.ref(i)
-		if raw == 0 || raw > FrameSize || stored == 0 || stored > raw || codec == codecRaw && stored != raw {
-			return damaged("frame %d has %d bytes for %d", i, stored, raw)
-		}
-		s.frameAt[i] = at
-		at += int64(stored)
-	}
-	s.frameAt[n] = at
-	if n > 0 {
-		_, raw, _ := s.ref(n - 1)
-		s.payload = uint64(n-1)*FrameSize + uint64(raw)
-	}
-	return nil
-}
-
-func (s *Segment) ref(i int) (stored, raw uint32, codec byte) {
-	b := s.refs[i*frameRef:]
-	return le.Uint32(b), le.Uint32(b[4:]), b[12]
 }
 
 // parseEntries decodes every entry once, so that later decoding cannot fail.
@@ -231,7 +205,7 @@ func (s *Segment) checkEntry(e *Entry, end *uint64) error {
 		return damaged("a payload of %d bytes at %d begins inside a frame that it leaves", n, e.At)
 	}
 	for i := first; i <= last; i++ {
-		if _, raw, _ := s.ref(int(i)); uint64(raw) < min(FrameSize, *end-i*FrameSize) {
+		if _, raw, _ := s.frames.ref(int(i)); uint64(raw) < min(FrameSize, *end-i*FrameSize) {
 			return damaged("a payload of %d bytes at %d is longer than frame %d", n, e.At, i)
 		}
 	}
@@ -272,38 +246,7 @@ func (s *Segment) Entry(i int) Entry {
 
 // Frame decodes frame i into dst, which must have room for FrameSize bytes, and
 // gives what it holds. An error names the places that are damaged.
-func (s *Segment) Frame(i int, dst []byte) ([]byte, error) {
-	if i < 0 || i >= len(s.refs)/frameRef {
-		return nil, damaged("frame %d of %d", i, len(s.refs)/frameRef)
-	}
-	stored, raw, codec := s.ref(i)
-	var b []byte
-	if codec == codecRaw {
-		b = dst[:raw]
-	} else {
-		b = make([]byte, stored)
-	}
-	if err := readFull(s.r, b, s.frameAt[i]); err != nil {
-		return nil, err
-	}
-	if crc(b) != le.Uint32(s.refs[i*frameRef+8:]) {
-		return nil, damaged("the checksum of frame %d, places %d to %d, does not fit", i, i*FrameSize, i*FrameSize+int(raw))
-	}
-	switch codec {
-	case codecRaw:
-		return b, nil
-	case codecS2:
-		if n, err := s2.DecodedLen(b); err != nil || n != int(raw) {
-			return nil, damaged("frame %d would have %d bytes instead of %d", i, n, raw)
-		}
-		out, err := s2.Decode(dst[:raw], b)
-		if err != nil {
-			return nil, damaged("frame %d does not decompress", i)
-		}
-		return out, nil
-	}
-	return nil, fmt.Errorf("%w: frame %d has codec %d", ErrVersion, i, codec)
-}
+func (s *Segment) Frame(i int, dst []byte) ([]byte, error) { return s.frames.Read(s.r, i, dst) }
 
 // ReadPayload fills dst with the entry's payload from byte off of it.
 func (s *Segment) ReadPayload(e *Entry, off int64, dst []byte) error {
@@ -364,9 +307,9 @@ func (s *Segment) Records(fn func(*stream.Record) error) error {
 // with the places of the payloads that it holds.
 func (s *Segment) Check(bad func(from, to uint64, err error)) {
 	buf := make([]byte, FrameSize)
-	for i := range len(s.refs) / frameRef {
+	for i := range s.frames.len() {
 		if _, err := s.Frame(i, buf); err != nil {
-			_, raw, _ := s.ref(i)
+			_, raw, _ := s.frames.ref(i)
 			bad(uint64(i)*FrameSize, uint64(i)*FrameSize+uint64(raw), err)
 		}
 	}

@@ -154,3 +154,40 @@ func TestGolden(t *testing.T) {
 		t.Error("the format has changed: it needs a new version")
 	}
 }
+
+// TestDigestStandsForEveryByte: segments that differ in one payload byte, in an
+// entry or in the header have different digests, and their footers do not fit
+// one another.
+func TestDigestStandsForEveryByte(t *testing.T) {
+	seal := func(group string, position stream.Position, payload byte) (Digest, []byte) {
+		b := NewBuilder(1 << 10)
+		r := stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: position, Range: block.Range{Len: 512}, Payload: bytes.Repeat([]byte{payload}, 512)}
+		if err := b.Append(&r); err != nil {
+			t.Fatal(err)
+		}
+		s, err := b.Seal(Header{Group: group, Sequence: 1, Disks: []Disk{{Name: "d", Size: 4096, SectorSize: 512, BlockSize: 4096}}}, State{Last: 9})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var buf bytes.Buffer
+		if _, err := s.WriteTo(&buf); err != nil {
+			t.Fatal(err)
+		}
+		return s.Summary.Digest, buf.Bytes()
+	}
+	digest, whole := seal("g", 5, 1)
+	for name, other := range map[string]func() (Digest, []byte){
+		"a payload": func() (Digest, []byte) { return seal("g", 5, 2) },
+		"an entry":  func() (Digest, []byte) { return seal("g", 6, 1) },
+		"a header":  func() (Digest, []byte) { return seal("h", 5, 1) },
+	} {
+		d, b := other()
+		if d == digest {
+			t.Errorf("%s that differs does not change the digest", name)
+		}
+		copy(b[len(b)-footerSize:], whole[len(whole)-footerSize:])
+		if _, err := open(b); err == nil {
+			t.Errorf("the footer fits a segment that differs in %s", name)
+		}
+	}
+}
