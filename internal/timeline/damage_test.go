@@ -21,6 +21,7 @@ import (
 type victim struct {
 	*written
 	t      *testing.T
+	seed   uint64
 	dir    string
 	files  map[string][]byte // as they were, by path below dir
 	points []truePoint
@@ -45,7 +46,7 @@ func newVictim(t *testing.T, seed uint64) *victim {
 	s.gap(stream.CauseContinuity, true)
 	s.fill()
 	s.run(12)
-	v := &victim{written: keep(t, s, seed, 8), t: t, files: map[string][]byte{}}
+	v := &victim{written: keep(t, s, seed, 8), t: t, seed: seed, files: map[string][]byte{}}
 	v.dir = v.v.Dir()
 	err := filepath.WalkDir(v.dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -247,6 +248,11 @@ func TestLostAndMixedUp(t *testing.T) {
 			v.remove(segments + stray)
 		}
 	}
+	twins := forged(t, v)
+	for i, name := range names { // the very same name and positions, and every checksum fits
+		v.put(name, twins[i])
+		check(name + " replaced by a twin")
+	}
 	for i, name := range other.objects() {
 		v.put(segments+filepath.Base(name), other.files[name])
 		damage := v.examine("an object of another history")
@@ -259,4 +265,26 @@ func TestLostAndMixedUp(t *testing.T) {
 			v.put(name, v.files[name])
 		}
 	}
+}
+
+// forged gives the objects of a history like v's, with other content.
+func forged(t *testing.T, v *victim) (out [][]byte) {
+	t.Helper()
+	var records []stream.Record
+	for _, r := range v.records {
+		r.Payload = bytes.Clone(r.Payload)
+		for i := range r.Payload {
+			r.Payload[i]++
+		}
+		records = append(records, r)
+	}
+	twin := keep(t, &story{out: records}, v.seed, 8)
+	for _, name := range v.objects() {
+		b, err := os.ReadFile(filepath.Join(twin.v.Dir(), name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, b)
+	}
+	return out
 }

@@ -97,7 +97,7 @@ func (s *items) take(e *segment.Entry, index int, p stream.Position) {
 // collect reads what a disk was made of at a position: from all segments that
 // can say something of it. Behind a stretch's settled mark and the position
 // itself nothing does.
-func (h *History) collect(ctx context.Context, disk int, p stream.Position) (*items, error) {
+func (h *History) collect(ctx context.Context, disk int, p stream.Position) (*items, []*segment.Frames, error) {
 	upTo := len(h.refs) - 1
 	if n := h.stretchOf(p); n != 0 {
 		upTo = h.stretch[n-1].settled
@@ -105,19 +105,23 @@ func (h *History) collect(ctx context.Context, disk int, p stream.Position) (*it
 			upTo++
 		}
 	}
-	out := &items{}
+	out, tables := &items{}, make([]*segment.Frames, len(h.refs))
 	err := eachSegment(ctx, h.vault, h.group, h.refs[:upTo+1], func(i int, o *vault.Object, err error) (bool, error) {
 		if err != nil {
 			return false, h.damagedAt(h.refs[i].First, err)
 		}
+		before := out.n
 		for j := range o.Len() {
 			if e := o.Entry(j); e.Disk == disk {
 				out.take(&e, i, p)
 			}
 		}
+		if out.n > before {
+			tables[i] = o.Frames()
+		}
 		return true, nil
 	})
-	return out, err
+	return out, tables, err
 }
 
 // sorted gives the items at or below p that touch some of the ranges (sorted,

@@ -4,10 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 
 	"tidemark/internal/segment"
-	"tidemark/internal/vault"
 )
 
 const (
@@ -16,9 +16,11 @@ const (
 )
 
 // store reads payloads through a few open objects and decoded frames. Different
-// frames are read side by side, the same one only once.
+// frames are read side by side, the same one only once. The tables of frames are
+// those that the view was made from: what an object holds later does not matter.
 type store struct {
 	h       *History
+	tables  []*segment.Frames // by number of the segment; nil where the view needs nothing of it
 	mu      sync.Mutex
 	objects cache[int32, *object]
 	frames  cache[frameKey, *frame]
@@ -38,7 +40,8 @@ type frame struct {
 // object is an open segment, closed with its last user.
 type object struct {
 	once  sync.Once
-	o     *vault.Object
+	r     io.ReaderAt
+	c     io.Closer
 	err   error
 	users int // under store.mu; the cache is one
 }
@@ -76,8 +79,8 @@ func (c *cache[K, V]) drop(k K) {
 	}
 }
 
-func newStore(h *History) *store {
-	return &store{h: h, objects: newCache[int32, *object](objectsMax), frames: newCache[frameKey, *frame](framesMax)}
+func newStore(h *History, tables []*segment.Frames) *store {
+	return &store{h: h, tables: tables, objects: newCache[int32, *object](objectsMax), frames: newCache[frameKey, *frame](framesMax)}
 }
 
 func (s *store) read(e extent, dst []byte) error {
@@ -121,7 +124,7 @@ func (s *store) decode(k frameKey) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return o.o.Frame(k.frame, make([]byte, segment.FrameSize))
+	return s.tables[k.segment].Read(o.r, k.frame, make([]byte, segment.FrameSize))
 }
 
 // take opens a segment, or finds it open. put gives it back.
@@ -137,7 +140,7 @@ func (s *store) take(i int32) (*object, error) {
 	s.mu.Unlock()
 	s.put(gone)
 	o.once.Do(func() {
-		o.o, o.err = s.h.vault.OpenSegment(context.Background(), s.h.group, s.h.refs[i])
+		o.r, o.c, o.err = s.h.vault.Payloads(context.Background(), s.h.group, s.h.refs[i])
 	})
 	if o.err != nil {
 		s.mu.Lock()
@@ -158,8 +161,8 @@ func (s *store) put(o *object) {
 	o.users--
 	last := o.users == 0
 	s.mu.Unlock()
-	if last && o.o != nil {
-		o.o.Close() // it was only read
+	if last && o.c != nil {
+		o.c.Close() // it was only read
 	}
 }
 
@@ -168,8 +171,8 @@ func (s *store) close() error {
 	defer s.mu.Unlock()
 	var errs []error
 	for _, o := range s.objects.have {
-		if o.o != nil {
-			errs = append(errs, o.o.Close())
+		if o.c != nil {
+			errs = append(errs, o.c.Close())
 		}
 	}
 	s.objects = newCache[int32, *object](objectsMax)

@@ -41,12 +41,23 @@ func (h *History) ViewFuzzy(ctx context.Context, disk int, p stream.Position) (*
 	if _, err := h.at(ctx, p, stream.Spec{Position: p}); err != nil {
 		return nil, err
 	}
-	all, err := h.collect(ctx, disk, p)
+	all, tables, err := h.collect(ctx, disk, p)
 	if err != nil {
 		return nil, err
 	}
 	extents := compact(all.extents(p, []block.Range{{Len: math.MaxInt64}}))
-	return &View{h: h, disk: disk, at: p, size: h.header.Disks[disk].Size, extents: extents, store: newStore(h)}, nil
+	return &View{h: h, disk: disk, at: p, size: h.header.Disks[disk].Size, extents: extents, store: newStore(h, needed(tables, extents))}, nil
+}
+
+// needed leaves out the tables of segments that nothing is to be seen of any more.
+func needed(tables []*segment.Frames, extents []extent) []*segment.Frames {
+	out := make([]*segment.Frames, len(tables))
+	for i := range extents {
+		if e := &extents[i]; e.kind() == isData {
+			out[e.segment] = tables[e.segment]
+		}
+	}
+	return out
 }
 
 // Position is the point that the view shows, Size the disk's size in bytes.
