@@ -174,6 +174,18 @@ func (d *Daemon) Verb(args ...string) (string, error) {
 	return string(out), nil
 }
 
+// Background starts a verb and does not wait for it. It is killed when the test ends.
+func (d *Daemon) Background(args ...string) *exec.Cmd {
+	d.t.Helper()
+	cmd := exec.Command(d.bin, args...)
+	cmd.Env = d.env()
+	if err := cmd.Start(); err != nil {
+		d.t.Fatal(err)
+	}
+	d.t.Cleanup(func() { _ = cmd.Process.Kill() })
+	return cmd
+}
+
 // Error is a verb that failed.
 type Error struct {
 	Args  []string
