@@ -45,6 +45,8 @@ type connection struct {
 	export Export
 	user   bool // of export; guarded by server.mu, as writes of export are
 
+	stranger bool // came through Serve; never changes
+
 	memory *semaphore.Weighted
 	busy   sync.WaitGroup
 	out    sync.Mutex // one reply at a time

@@ -99,7 +99,7 @@ func FuzzHandshake(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, in []byte) {
 		converse(t, in, func(s *Server, conn net.Conn) {
-			c := s.connection(context.Background(), conn)
+			c := s.connection(context.Background(), conn, true)
 			_ = c.serve(c.handshake)
 		}, readOptionReplies)
 	})
@@ -152,7 +152,7 @@ func FuzzTransmission(f *testing.F) {
 	f.Fuzz(func(t *testing.T, in []byte) {
 		for _, name := range []string{"x", "ro"} {
 			converse(t, in, func(s *Server, conn net.Conn) {
-				c := s.connection(context.Background(), conn)
+				c := s.connection(context.Background(), conn, true)
 				_ = c.serve(func() error {
 					e, err := s.find(name)
 					c.structured, c.contexts, c.metaFor = true, contextsOf(e), name

@@ -341,10 +341,18 @@ func TestSlowReader(t *testing.T) {
 	})
 }
 
+// lazy is a device that takes a second to read.
+type lazy struct{ *memory }
+
+func (l lazy) ReadAt(p []byte, off int64) (int, error) {
+	time.Sleep(time.Second)
+	return l.memory.ReadAt(p, off)
+}
+
 // TestEndWithStuckClients: the server ends soon, whatever its clients do.
 func TestEndWithStuckClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := server(t, Export{Name: "x", Device: newMemory(1 << 20)})
+		s := server(t, Export{Name: "x", Device: lazy{newMemory(1 << 20)}})
 		l := newPipes()
 		end := run(s, l)
 		var clients []*client

@@ -178,7 +178,7 @@ func (s *Server) Serve(ctx context.Context, l *Listener) error {
 		case err != nil:
 			return err
 		}
-		c := s.connection(ctx, conn)
+		c := s.connection(ctx, conn, true)
 		if c == nil {
 			s.complain("an NBD client was refused", "client", conn.RemoteAddr(), "why", fmt.Sprintf("there are %d connections", connectionMax))
 			conn.Close()
@@ -191,7 +191,7 @@ func (s *Server) Serve(ctx context.Context, l *Listener) error {
 
 // ServeConn answers one client that has agreed on an export already by other
 // means, the kernel for example: requests and simple replies, no handshake. It
-// owns conn, and returns when the client took its leave, ctx ended or the export was
+// owns conn, which does not count among those of strangers, and returns when the client took its leave, ctx ended or the export was
 // removed, which is no error, or with ErrHungUp when the connection ended otherwise. No request of
 // the client is under way any more then.
 func (s *Server) ServeConn(ctx context.Context, conn net.Conn, name string) error {
@@ -200,11 +200,7 @@ func (s *Server) ServeConn(ctx context.Context, conn net.Conn, name string) erro
 		conn.Close()
 		return err
 	}
-	c := s.connection(ctx, conn)
-	if c == nil {
-		conn.Close()
-		return fmt.Errorf("there are %d connections: no more are served", connectionMax)
-	}
+	c := s.connection(ctx, conn, false)
 	err = c.serve(func() error { return c.use(e) })
 	if err == nil || c.removed() || ctx.Err() != nil {
 		return nil
@@ -239,15 +235,22 @@ func transient(err error) bool {
 	return false
 }
 
-// connection makes one more, to be served; nil where there are too many.
-func (s *Server) connection(ctx context.Context, conn net.Conn) *connection {
+// connection makes one more, to be served; nil where there are too many of strangers.
+func (s *Server) connection(ctx context.Context, conn net.Conn, stranger bool) *connection {
 	s.init()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.connections) >= connectionMax {
+	n := 0
+	for c := range s.connections {
+		if c.stranger {
+			n++
+		}
+	}
+	if stranger && n >= connectionMax {
 		return nil
 	}
 	c := newConnection(ctx, s, conn)
+	c.stranger = stranger
 	s.connections[c] = true
 	return c
 }
