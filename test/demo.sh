@@ -4,31 +4,64 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/sbin:/usr/sbin
 T=$PWD/bin/tidemark
-need() { echo "The demo needs $1." >&2; exit 1; }
-[ "$(id -u)" = 0 ] || need "root, as it attaches a disk and loads eBPF programs: sudo make demo"
-[ -e /sys/kernel/btf/vmlinux ] || need "a kernel with type information (CONFIG_DEBUG_INFO_BTF), 6.1 or later"
-[ -e /dev/loop-control ] || need "loop devices"
-for tool in mkfs.ext4 losetup sqlite3; do command -v $tool >/dev/null || need "$tool (test/setup.sh installs it where it can)"; done
+
+lacks=()
+[ "$(id -u)" = 0 ] || lacks+=("root, as it attaches a disk and loads eBPF programs: sudo make demo")
+[ -e /sys/kernel/btf/vmlinux ] || lacks+=("a kernel with type information (CONFIG_DEBUG_INFO_BTF), 6.1 or later")
+[ -e /dev/loop-control ] || lacks+=("loop devices (modprobe loop)")
+for tool in mkfs.ext4 losetup sqlite3; do command -v $tool >/dev/null || lacks+=("$tool (test/setup.sh installs it where it can)"); done
+if [ ${#lacks[@]} -gt 0 ]; then
+	printf 'The demo cannot run here. It needs\n' >&2
+	printf '  %s\n' "${lacks[@]}" >&2
+	exit 1
+fi
+
+# clean ends and removes all that a demo made in its folder, whatever state it is in.
+clean() {
+	local w=$1 pid loop instance
+	pid=$(cat "$w/daemon.pid" 2>/dev/null)
+	if [ -n "$pid" ] && tr '\0' ' ' <"/proc/$pid/cmdline" | grep -qF "$w/state"; then
+		TIDEMARK_SOCKET=$w/socket timeout 30 "$T" unprotect --abandon demo
+		kill "$pid"
+		for _ in $(seq 300); do kill -0 "$pid" || break; sleep 0.1; done
+		kill -9 "$pid"
+	fi
+	instance=$(cat "$w/state/instance" 2>/dev/null)
+	[ -n "$instance" ] && rm -r "/sys/fs/bpf/tidemark/$instance"
+	for _ in 1 2 3; do awk -v w="$w/" 'index($2, w) == 1 {print $2}' /proc/mounts | tac | xargs -r umount && break; sleep 1; done
+	losetup --list --noheadings --output NAME,BACK-FILE | awk -v w="$w/" 'index($2, w) == 1 {print $1}' | while read -r loop; do losetup -d "$loop"; done
+	rm -rf --one-file-system "$w"
+} 2>/dev/null
+
+# What a demo that was killed left behind goes first.
+for left in "${TMPDIR:-/tmp}"/tidemark-demo-*; do
+	pid=$(cat "$left/pid" 2>/dev/null) || continue
+	tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -qF demo.sh || { echo "Removing what an earlier demo left in $left."; clean "$left" || true; }
+done
 
 W=$(mktemp -d -t tidemark-demo-XXXXXX)
+echo $$ >"$W/pid"
 export TIDEMARK_SOCKET=$W/socket
-loop= daemon= work=
+loop= work=
 finish() {
 	code=$?
-	trap - EXIT INT TERM
+	trap '' EXIT INT TERM
 	set +e
 	[ -n "$work" ] && kill "$work" && wait "$work"
-	[ -n "$daemon" ] && kill -0 "$daemon" && { $T status --json | grep -q '"name":"demo"' && timeout 30 $T unprotect --abandon demo; kill "$daemon"; wait "$daemon"; }
-	umount "$W/disk" "$W/past"
-	[ -n "$loop" ] && losetup -d "$loop"
-	[ $code = 0 ] || { echo "The demo failed. The daemon said:"; tail -n 5 "$W/log"; }
-	rm -rf "$W"
+	case $code in
+	0 | 130 | 143) ;;
+	*) echo "The demo failed. The daemon said:"; tail -n 5 "$W/log" ;;
+	esac
+	clean "$W"
 	exit $code
 } 2>/dev/null
-trap finish EXIT INT TERM
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+if [ -t 1 ]; then bold=$'\033[1m' plain=$'\033[0m'; else bold= plain=; fi
 now() { date +%s.%N; }
 took() { echo "$(now) $1" | awk '{printf "%.1f s", $1-$2}'; }
-step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+step() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 accounts() { sqlite3 "$1" 'pragma busy_timeout=5000; pragma integrity_check; select sum(amount), count(*) from account' | tail -n 2 | tr '\n' ' '; }
 
 step "1. A disk with a file system, a database and files with checksums"
@@ -45,18 +78,18 @@ sqlite3 "$W/disk/bank.db" 'pragma journal_mode=wal; create table account(id inte
 sync
 (
 	trap 'exit 0' TERM
-	while :; do # money moves between accounts; the sum never changes
+	while kill -0 $$; do # money moves between accounts; the sum never changes
 		sqlite3 "$W/disk/bank.db" "pragma busy_timeout=5000; begin immediate; update account set amount=amount-7 where id=$((RANDOM % 100 + 1)); update account set amount=amount+7 where id=$((RANDOM % 100 + 1)); insert into moved(at) values(datetime()); commit" >/dev/null 2>&1
 		sleep 0.02
-	done
+	done 2>/dev/null
 ) &
 work=$!
 echo "$loop is mounted and busy: $(accounts "$W/disk/bank.db")(sum and number of accounts)"
 
 step "2. Protect it, as it is"
-$T daemon --state "$W/state" 2>"$W/log" &
-daemon=$!
-for _ in $(seq 100); do [ -S "$TIDEMARK_SOCKET" ] && break; sleep 0.1; done
+setsid "$T" daemon --state "$W/state" 2>"$W/log" & # out of Ctrl-C's reach: it is needed for cleaning up
+echo $! >"$W/daemon.pid"
+for _ in $(seq 600); do [ -S "$TIDEMARK_SOCKET" ] && break; sleep 0.1; done # a busy disk may take its time
 t=$(now)
 $T protect --vault "$W/vault" --name demo --wait "$loop"
 t_protect=$(took "$t")
