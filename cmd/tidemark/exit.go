@@ -32,6 +32,7 @@ const (
 	exitInsideGap   = 8
 	exitInUse       = 9
 	exitUnreachable = 10
+	exitFullCopy    = 11
 	exitInterrupted = 130
 )
 
@@ -48,6 +49,7 @@ var exitMeanings = map[int]string{
 	exitInsideGap:   "inside a gap: there is no consistent point",
 	exitInUse:       "in use: by another daemon, group, mount or freeze",
 	exitUnreachable: "vault, disk or ring is away or full: try again",
+	exitFullCopy:    "not known any more what changed since then: take a full copy",
 	exitInterrupted: "interrupted by a signal",
 }
 
@@ -59,7 +61,7 @@ func (e usageError) Unwrap() error { return e.error }
 var byAPI = map[api.Code]int{
 	api.CodeUsage: exitUsage, api.CodeNoDaemon: exitNoDaemon, api.CodeNotFound: exitNotFound, api.CodeRefused: exitRefused,
 	api.CodeNotAVault: exitNotAVault, api.CodeDamaged: exitDamaged, api.CodeInsideGap: exitInsideGap, api.CodeInUse: exitInUse,
-	api.CodeUnreachable: exitUnreachable,
+	api.CodeUnreachable: exitUnreachable, api.CodeFullCopy: exitFullCopy,
 }
 
 // exitCode is the one place where errors become exit codes.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"tidemark/internal/backing"
+	"tidemark/internal/cbt"
 	"tidemark/internal/control/api"
 	"tidemark/internal/disk"
 	"tidemark/internal/freeze"
@@ -218,6 +219,7 @@ func coded(err error) error {
 		{serve.ErrFront, api.CodeRefused, "tidemark doctor says what this machine can do."},
 		{backing.ErrInUse, api.CodeInUse, "Unmount it, or end what has it open."},
 		{backing.ErrKind, api.CodeRefused, "Name a disk or an image file."},
+		{cbt.ErrFullCopy, api.CodeFullCopy, "Copy the whole device, from a snapshot, and ask from that snapshot on."},
 		{serve.ErrSize, api.CodeUsage, ""},
 		{serve.ErrDamaged, api.CodeDamaged, ""},
 		{fs.ErrNotExist, api.CodeNotFound, ""},

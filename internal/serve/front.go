@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"tidemark/internal/block"
+	"tidemark/internal/cbt"
 	"tidemark/internal/stack"
 )
 
@@ -49,7 +50,8 @@ type served interface {
 // shown is what a front shows.
 type shown struct {
 	*stack.Stack
-	limits block.Limits
+	limits  block.Limits
+	changes *cbt.Map
 }
 
 // Limits are the backing's: the filters change none.

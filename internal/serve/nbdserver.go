@@ -40,7 +40,8 @@ func (f nbdServer) serve(_ context.Context, spec Spec, dev shown, _ json.RawMess
 		return nil, err
 	}
 	server := &nbd.Server{Log: f.log}
-	if err := server.Add(nbd.Export{Name: l.Export, Description: "tidemark device " + spec.Name, Device: dev, ReadOnly: spec.ReadOnly, BlockSize: dev.limits.LogicalBlock}); err != nil {
+	if err := server.Add(nbd.Export{Name: l.Export, Description: "tidemark device " + spec.Name, Device: dev, ReadOnly: spec.ReadOnly, BlockSize: dev.limits.LogicalBlock,
+		Bitmaps: func() []nbd.Bitmap { return bitmaps(dev.changes) }}); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	ctx, cancel := context.WithCancel(context.Background())

@@ -19,6 +19,7 @@ import (
 	"sync"
 
 	"tidemark/internal/backing"
+	"tidemark/internal/cbt"
 	"tidemark/internal/health"
 	"tidemark/internal/stack"
 )
@@ -65,7 +66,9 @@ type Device struct {
 	health health.Set
 	lower  *backing.Device
 	stack  *stack.Stack
-	served served // nil where it could not be brought back
+
+	changes *cbt.Map
+	served  served // nil where it could not be brought back
 }
 
 // Open brings back the devices that the state folder remembers. One that cannot
@@ -129,7 +132,7 @@ func (s *Server) Create(ctx context.Context, spec Spec) (Info, error) {
 		}
 	}
 	if err != nil {
-		return Info{}, errors.Join(err, s.erase(spec.Name))
+		return Info{}, errors.Join(err, s.eraseChanges(spec.Name), s.erase(spec.Name))
 	}
 	s.mu.Lock()
 	s.devices[spec.Name] = d
@@ -150,7 +153,10 @@ func (s *Server) bring(ctx context.Context, d *Device, memory json.RawMessage) (
 	if d.stack, err = s.system.Add(d.spec.Name, d.lower); err != nil {
 		return errors.Join(err, d.lower.Close())
 	}
-	served, err := s.front(d.spec.Front).serve(ctx, d.spec, shown{d.stack, d.lower.Limits()}, memory)
+	if err := s.trackChanges(d); err != nil {
+		return errors.Join(err, s.system.Remove(d.spec.Name), d.lower.Close())
+	}
+	served, err := s.front(d.spec.Front).serve(ctx, d.spec, shown{d.stack, d.lower.Limits(), d.changes}, memory)
 	if err != nil {
 		return errors.Join(err, s.system.Remove(d.spec.Name), d.lower.Close())
 	}
@@ -190,7 +196,7 @@ func (s *Server) Remove(ctx context.Context, name string) error {
 	} else if err := s.take(ctx, d); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	if err := s.erase(name); err != nil {
+	if err := errors.Join(s.eraseChanges(name), s.erase(name)); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -243,7 +249,11 @@ func (s *Server) Stop(ctx context.Context) error {
 		if d.served == nil {
 			continue
 		}
-		errs = append(errs, d.served.pause(ctx), s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
+		paused := d.served.pause(ctx)
+		errs = append(errs, paused, s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
+		if paused == nil { // nobody writes any more
+			errs = append(errs, s.saveChanges(d))
+		}
 		if !d.served.outlives() {
 			errs = append(errs, s.unlink(d))
 		}

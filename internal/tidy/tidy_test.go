@@ -76,7 +76,7 @@ var layer = map[string][]string{
 	"internal/overlay":    {"internal/block"},
 	"internal/mount":      {"internal/block", "internal/front/loop", "internal/loop"},
 	"internal/serve": {"internal/block", "internal/backing", "internal/cbt", "internal/disk", "internal/filter/...", "internal/front/...",
-		"internal/freeze", "internal/health", "internal/loop", "internal/snapshot", "internal/splice", "internal/stack"},
+		"internal/freeze", "internal/health", "internal/loop", "internal/snapshot", "internal/splice", "internal/stack", "internal/vfs"},
 
 	// Assembly and the ways to command it.
 	"internal/protect": {"internal/block", "internal/cbt", "internal/disk", "internal/fill", "internal/freeze", "internal/health",

@@ -20,6 +20,7 @@ const (
 	CodeInsideGap   Code = "inside-gap"
 	CodeInUse       Code = "in-use"
 	CodeUnreachable Code = "unreachable"
+	CodeFullCopy    Code = "full-copy" // what changed since then is not known: copy everything
 )
 
 // Error is a failure with its code and, where there is one, what to do about it.
@@ -64,4 +65,5 @@ var httpStatus = map[Code]int{
 	CodeInsideGap:   http.StatusConflict,
 	CodeInUse:       http.StatusConflict,
 	CodeUnreachable: http.StatusServiceUnavailable,
+	CodeFullCopy:    http.StatusGone,
 }

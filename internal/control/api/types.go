@@ -114,6 +114,7 @@ type LiveDisk struct {
 // their errors should be, or wrap, *Error where a client is to branch on them.
 type Service interface {
 	Devices
+	ChangeMaps
 	Status(ctx context.Context) (Status, error)
 	Protect(ctx context.Context, r ProtectRequest) (Group, error)
 	Unprotect(ctx context.Context, group string, abandon bool) error

@@ -1,0 +1,101 @@
+package serve
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"tidemark/internal/block"
+	"tidemark/internal/cbt"
+	"tidemark/internal/filter/track"
+	"tidemark/internal/front/nbd"
+	"tidemark/internal/vfs"
+)
+
+// changesSuffix ends the names of the files that keep change maps over clean restarts.
+const changesSuffix = ".cbt"
+
+func (s *Server) changesFile(d *Device) string {
+	return filepath.Join(s.folder, d.spec.Name+changesSuffix)
+}
+
+// trackChanges begins or goes on with the device's change map.
+func (s *Server) trackChanges(d *Device) error {
+	m, why, err := cbt.Open(vfs.OS{}, s.changesFile(d), d.backingState(), d.lower.Size())
+	if err != nil {
+		return fmt.Errorf("the change map of %s: %w", d.spec.Name, err)
+	}
+	if why != "" {
+		s.env.Log.Info("a change map begins anew", "device", d.spec.Name, "generation", m.Writing().Generation.String(), "why", why)
+	}
+	if _, err := d.stack.Attach(track.Name, track.Altitude, track.Driver(m)); err != nil {
+		return err
+	}
+	d.changes = m
+	return nil
+}
+
+// saveChanges keeps the map for the next process; nothing is written any more.
+func (s *Server) saveChanges(d *Device) error {
+	return d.changes.Save(vfs.OS{}, s.changesFile(d), d.backingState())
+}
+
+func (s *Server) eraseChanges(name string) error {
+	err := os.Remove(filepath.Join(s.folder, name+changesSuffix))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// backingState is what must be equal at the next start for the map to be true:
+// the device, and of an image file who it is and when it was last written.
+func (d *Device) backingState() string {
+	st, err := os.Stat(d.spec.Backing)
+	if err != nil || !st.Mode().IsRegular() {
+		return d.spec.ID
+	}
+	return fmt.Sprintf("%s %d %d", d.spec.ID, st.Size(), st.ModTime().UnixNano())
+}
+
+// Changes gives the change map of a device.
+func (s *Server) Changes(name string) (*cbt.Map, error) {
+	d, err := s.find(name)
+	if err != nil {
+		return nil, err
+	}
+	if d.served == nil {
+		return nil, fmt.Errorf("%s: %w", name, ErrNotFound)
+	}
+	return d.changes, nil
+}
+
+// bitmaps shows NBD clients what changed after each snapshot of the map's
+// generation: since-N is what changed after snapshot N, up to when it is first looked at.
+func bitmaps(m *cbt.Map) []nbd.Bitmap {
+	var out []nbd.Bitmap
+	newest := m.Info()
+	for n := 1; n <= int(newest.Number); n++ {
+		table := sync.OnceValues(func() (*cbt.Changes, error) { return m.Live(newest.Generation, uint8(n)) }) // 16 MiB, maybe
+		out = append(out, nbd.Bitmap{Name: fmt.Sprintf("since-%d", n), Map: changeRuns(table)})
+	}
+	return out
+}
+
+// changeRuns is a table as the NBD server asks for it.
+type changeRuns func() (*cbt.Changes, error)
+
+// Run gives the run at the beginning of a range.
+func (c changeRuns) Run(r block.Range) (int64, bool, error) {
+	table, err := c()
+	if err != nil {
+		return 0, false, err
+	}
+	for n, changed := range table.Extents(r.Off, r.Len) {
+		return n, changed, nil
+	}
+	return r.Len, true, nil // beyond what the table knows: it may have changed
+}
