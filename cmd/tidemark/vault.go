@@ -6,6 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"tidemark/internal/block"
 	"tidemark/internal/stream"
 	"tidemark/internal/timeline"
 	"tidemark/internal/vault"
@@ -36,6 +37,7 @@ func groupsOf(ctx context.Context, where string, args []string) (*vault.Vault, [
 type pointFlags struct {
 	vault    *string
 	disk, at string
+	fuzzy    bool // a point inside a gap will do
 }
 
 func addPointFlags(cmd *cobra.Command) *pointFlags {
@@ -54,6 +56,9 @@ type opened struct {
 	id    [16]byte // of the group: two vaults may know one by the same name
 	disk  string
 	point timeline.Point
+	// uncertain may be something else than the disk held then: nothing, unless
+	// the point lies inside a gap.
+	uncertain []block.Range
 }
 
 // open finds the point and opens the disk at it.
@@ -70,7 +75,11 @@ func (p *pointFlags) open(ctx context.Context, group string) (*opened, error) {
 	if err != nil {
 		return nil, err
 	}
-	point, err := h.Resolve(spec)
+	resolve, look := h.Resolve, h.View
+	if p.fuzzy {
+		resolve, look = h.ResolveFuzzy, h.ViewFuzzy
+	}
+	point, err := resolve(spec)
 	if err != nil {
 		return nil, err
 	}
@@ -78,12 +87,19 @@ func (p *pointFlags) open(ctx context.Context, group string) (*opened, error) {
 	if err != nil {
 		return nil, err
 	}
-	view, err := h.View(ctx, disk, point.Position)
+	uncertain, err := h.Fuzzy(ctx, disk, point.Position)
 	if err != nil {
 		return nil, err
 	}
-	return &opened{View: view, vault: v, group: group, id: h.GroupID(), disk: h.Disks()[disk].Name, point: point}, nil
+	view, err := look(ctx, disk, point.Position)
+	if err != nil {
+		return nil, err
+	}
+	return &opened{View: view, vault: v, group: group, id: h.GroupID(), disk: h.Disks()[disk].Name, point: point, uncertain: uncertain}, nil
 }
+
+// consistent says whether the point lies inside a stretch.
+func (o *opened) consistent() bool { return o.point.Stretch != 0 }
 
 func (o *opened) String() string {
 	return fmt.Sprintf("disk %s of group %s at position %d (%s)", o.disk, o.group, o.point.Position, o.point.Time.Format("2006-01-02 15:04:05.000 MST"))
