@@ -1,0 +1,325 @@
+package diff
+
+import (
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"sort"
+	"sync"
+	"sync/atomic"
+)
+
+// Config is what a storage is made with.
+type Config struct {
+	ID      ID
+	Chunk   int64 // bytes of a slot: a power of two from Align on
+	Durable bool
+	// Low is how many bytes left are too few: sources are asked for more then, and
+	// an event tells where they have none.
+	Low int64
+	// Notify is told of events; it must not wait or call back.
+	Notify func(Event)
+}
+
+// Storage is the difference storage of one snapshot. All methods may be called concurrently.
+type Storage struct {
+	cfg     Config
+	version atomic.Uint64
+
+	mu       sync.Mutex
+	areas    []*area
+	next     Slot   // the first one never used
+	capacity Slot   // slots there are
+	free     []Slot // given back
+	used     int64
+	sums     map[Slot]entry
+	overhead int64
+	sources  []Source
+	quiet    bool  // a low-space event stands
+	why      error // a source failed
+	full     bool  // an overflow event was sent
+	growing  bool
+	idle     sync.Cond // it no longer grows
+	held     int       // growth waits
+	closed   bool
+	spoiled  bool
+}
+
+// New gives a storage without room.
+func New(cfg Config) (*Storage, error) {
+	if cfg.Chunk < Align || cfg.Chunk&(cfg.Chunk-1) != 0 || cfg.Chunk > 1<<30 {
+		return nil, fmt.Errorf("chunks of %d bytes: want a power of two from %d to 1 GiB: %w", cfg.Chunk, Align, ErrRefused)
+	}
+	if cfg.Notify == nil {
+		cfg.Notify = func(Event) {}
+	}
+	s := &Storage{cfg: cfg, sums: map[Slot]entry{}}
+	s.idle.L = &s.mu
+	return s, nil
+}
+
+// Append adds a space; everything in it is overwritten in time.
+func (s *Storage) Append(space Space) error {
+	s.mu.Lock()
+	h := header{s.cfg.ID, s.cfg.Chunk, uint32(len(s.areas)), s.spoiled}
+	a := layOut(space, h, s.cfg.Durable, s.capacity)
+	s.mu.Unlock()
+	if a == nil {
+		return fmt.Errorf("%d bytes are too few for one chunk of %d: %w", space.Size(), s.cfg.Chunk, ErrRefused)
+	}
+	// Written before it is part of the storage. Two at a time are put in order below.
+	if err := a.writeHeader(); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	if int(h.index) != len(s.areas) || s.spoiled != h.spoiled {
+		s.mu.Unlock()
+		return s.Append(space)
+	}
+	s.adopt(a)
+	events := s.judge()
+	s.mu.Unlock()
+	s.tell(events)
+	return nil
+}
+
+// adopt makes an area part of the storage. s.mu is held.
+func (s *Storage) adopt(a *area) {
+	s.areas = append(s.areas, a)
+	s.capacity += Slot(a.slots)
+	s.overhead += a.space.Size() - a.slots*s.cfg.Chunk
+	s.quiet = false // whoever appended less than was asked for is told again
+}
+
+// AddSource has the storage grow by itself.
+func (s *Storage) AddSource(src Source) {
+	s.mu.Lock()
+	s.sources = append(s.sources, src)
+	s.quiet = false
+	events := s.judge()
+	s.mu.Unlock()
+	s.tell(events)
+}
+
+// judge sees whether room runs out, and has the storage grow or gives the event.
+// s.mu is held.
+func (s *Storage) judge() []Event {
+	left := int64(s.capacity)*s.cfg.Chunk - s.used*s.cfg.Chunk
+	if left > s.cfg.Low || s.closed {
+		return nil
+	}
+	var room int64
+	for _, src := range s.sources {
+		room += src.Room()
+	}
+	if room > 0 && !s.growing && s.held == 0 {
+		s.growing = true
+		go s.grow()
+	}
+	if left+room > s.cfg.Low || s.quiet {
+		return nil
+	}
+	s.quiet = true
+	return []Event{{Kind: LowSpace, Bytes: max(s.cfg.Low*2-left-room, s.cfg.Chunk), Err: s.why}}
+}
+
+func (s *Storage) tell(events []Event) {
+	for _, e := range events {
+		s.cfg.Notify(e)
+	}
+}
+
+// grow asks the sources, one after the other, until there is enough.
+func (s *Storage) grow() {
+	s.mu.Lock()
+	sources := append([]Source(nil), s.sources...)
+	s.mu.Unlock()
+	for _, src := range sources {
+		if src.Room() == 0 {
+			continue
+		}
+		space, err := src.Grow(max(2*s.cfg.Low, 8*s.cfg.Chunk))
+		if err == nil {
+			err = s.Append(space)
+		}
+		if err == nil {
+			break
+		}
+		s.drop(src, err)
+	}
+	s.mu.Lock()
+	s.growing = false
+	s.idle.Broadcast()
+	events := s.judge()
+	s.mu.Unlock()
+	s.tell(events)
+}
+
+// drop forgets a source that fails; the low-space event that follows says why.
+func (s *Storage) drop(bad Source, why error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.why = why
+	var kept []Source
+	for _, src := range s.sources {
+		if src != bad {
+			kept = append(kept, src)
+		}
+	}
+	s.sources = kept
+}
+
+// HoldGrowth keeps the storage from growing until the function that it gives is
+// called: nothing may be allocated in a file system that is frozen. It returns
+// when no growth is going on.
+func (s *Storage) HoldGrowth() (resume func()) {
+	s.mu.Lock()
+	s.held++
+	for s.growing {
+		s.idle.Wait()
+	}
+	s.mu.Unlock()
+	return sync.OnceFunc(func() {
+		s.mu.Lock()
+		s.held--
+		events := s.judge()
+		s.mu.Unlock()
+		s.tell(events)
+	})
+}
+
+// Reserve takes a slot. It waits for nothing: without room it is ErrFull.
+func (s *Storage) Reserve() (Slot, error) {
+	s.mu.Lock()
+	var slot Slot
+	switch n := len(s.free); {
+	case n > 0:
+		slot, s.free = s.free[n-1], s.free[:n-1]
+	case s.next < s.capacity:
+		slot = s.next
+		s.next++
+	default:
+		first := !s.full
+		s.full = true
+		s.mu.Unlock()
+		if first {
+			s.cfg.Notify(Event{Kind: Overflow, Err: ErrFull})
+		}
+		return 0, ErrFull
+	}
+	s.used++
+	events := s.judge()
+	s.mu.Unlock()
+	s.tell(events)
+	return slot, nil
+}
+
+// Release gives a slot back whose content nobody needs.
+func (s *Storage) Release(slot Slot) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.sums, slot)
+	s.free = append(s.free, slot)
+	s.used--
+}
+
+func (s *Storage) area(slot Slot) (*area, int64, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := sort.Search(len(s.areas), func(i int) bool { return s.areas[i].first > slot }) - 1
+	if slot < 0 || slot >= s.capacity || i < 0 {
+		return nil, 0, fmt.Errorf("no slot %d: %w", slot, ErrCorrupt)
+	}
+	return s.areas[i], int64(slot - s.areas[i].first), nil
+}
+
+// Version gives a number above all that it gave before.
+func (s *Storage) Version() uint64 { return s.version.Add(1) }
+
+// Store writes a chunk's content into a reserved slot, and then whose it is.
+// p is at most a chunk, of whole sectors. Where the storage is durable both are
+// stable when it returns.
+func (s *Storage) Store(slot Slot, key Key, version uint64, p []byte) error {
+	a, at, err := s.area(slot)
+	if err != nil {
+		return err
+	}
+	e := entry{key, uint32(len(p)), version, crc32.Checksum(p, castagnoli)}
+	if err := a.write(p, a.at(at)); err != nil {
+		return err
+	}
+	if err := a.commit(at, e); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.sums[slot] = e
+	s.mu.Unlock()
+	return nil
+}
+
+// Load reads what Store wrote, and checks it.
+func (s *Storage) Load(slot Slot, key Key, p []byte) error {
+	a, at, err := s.area(slot)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	e, ok := s.sums[slot]
+	s.mu.Unlock()
+	if !ok || e.key != key || int(e.length) != len(p) {
+		return fmt.Errorf("slot %d does not hold %d bytes of chunk %d of device %d: %w", slot, len(p), key.Chunk, key.Device, ErrCorrupt)
+	}
+	if n, err := a.space.ReadAt(p, a.at(at)); n < len(p) {
+		return errors.Join(fmt.Errorf("difference storage: reading chunk %d of device %d", key.Chunk, key.Device), err)
+	}
+	if crc32.Checksum(p, castagnoli) != e.sum {
+		return fmt.Errorf("difference storage: chunk %d of device %d in slot %d: checksum: %w", key.Chunk, key.Device, slot, ErrCorrupt)
+	}
+	return nil
+}
+
+// Spoil notes in every area that the snapshot is spoiled. An error says that none
+// of them took it: after a crash the snapshot could be taken for a good one.
+func (s *Storage) Spoil() error {
+	s.mu.Lock()
+	s.spoiled = true
+	areas := append([]*area(nil), s.areas...)
+	s.mu.Unlock()
+	var errs []error
+	for _, a := range areas {
+		h := a.head
+		h.spoiled = true
+		errs = append(errs, a.write(h.encode(), 0))
+	}
+	for _, err := range errs {
+		if err == nil {
+			return nil
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Stats is the account.
+func (s *Storage) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := Stats{Chunk: s.cfg.Chunk, Capacity: int64(s.capacity) * s.cfg.Chunk, Used: s.used * s.cfg.Chunk, Overhead: s.overhead}
+	for _, src := range s.sources {
+		out.Room += src.Room()
+	}
+	return out
+}
+
+// Config is what the storage was made with.
+func (s *Storage) Config() Config { return s.cfg }
+
+// Close ends growth; it waits for what is going on. What the storage lies in is
+// the caller's.
+func (s *Storage) Close() {
+	s.mu.Lock()
+	s.closed = true
+	for s.growing {
+		s.idle.Wait()
+	}
+	s.mu.Unlock()
+}
