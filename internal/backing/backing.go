@@ -12,8 +12,11 @@
 // md open theirs, so that a disk in use is refused and ours is refused to them. An image file is locked
 // against other Tidemarks.
 //
-// The calls are plain system calls, each on the thread of its caller. io_uring
-// was tried for them: see BenchmarkRead.
+// The calls are plain system calls, each on the thread of its caller, and not
+// io_uring: handed to a ring that goroutines share, a request takes longer, one
+// at a time several times as long (BenchmarkRead). And a thread that is killed in
+// a call ends with it, so that no write of a dead server can overtake those of
+// its successor; what was handed to a ring may still be on its way.
 package backing
 
 import (

@@ -331,24 +331,3 @@ func TestExtents(t *testing.T) {
 		t.Logf("the file system knows no holes: %v", got)
 	}
 }
-
-// BenchmarkRead is what the choice of system calls over io_uring rests on.
-func BenchmarkRead(b *testing.B) {
-	d := open(b, testkit.NewDisk(b, 64<<20).Path, Options{})
-	for _, workers := range []int{1, 32} {
-		b.Run(fmt.Sprint(workers), func(b *testing.B) {
-			var wg sync.WaitGroup
-			for w := range workers {
-				wg.Go(func() {
-					p := aligned(make([]byte, 8192))[:4096]
-					for i := w; i < b.N; i += workers {
-						if _, err := d.ReadAt(p, int64(i*7919)%(16<<10)*4096); err != nil {
-							b.Error(err)
-						}
-					}
-				})
-			}
-			wg.Wait()
-		})
-	}
-}

@@ -2,7 +2,7 @@
 // submission entries, the handful of operations that serving block devices
 // needs, and nothing that allocates for a request.
 //
-// A Ring belongs to one goroutine at a time: it has no locks. Fill entries
+// A Ring belongs to one goroutine at a time, but for Wait: it has no locks. Fill entries
 // got from Next, Submit them and wait, then take completions with Reap:
 //
 //	for q := r.Next(); q != nil; q = ... { q.Read(fd, buf, off, tag) }
@@ -213,7 +213,20 @@ func (r *Ring) submit(wait int, arg *getEventsArg) error {
 	}
 }
 
-func (r *Ring) ready() int { return int(atomic.LoadUint32(r.cqTail) - *r.cqHead) }
+// Wait returns when at least n completions can be reaped; it submits nothing.
+// One goroutine may Wait and Reap while another fills entries and submits, but
+// not where the ring is of OneThread.
+func (r *Ring) Wait(n int) error {
+	for r.ready() < n {
+		_, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), 0, uintptr(n), enterGetEvents, 0, 0)
+		if errno != 0 && errno != unix.EINTR {
+			return fmt.Errorf("io_uring_enter: %w", errno)
+		}
+	}
+	return nil
+}
+
+func (r *Ring) ready() int { return int(atomic.LoadUint32(r.cqTail) - atomic.LoadUint32(r.cqHead)) }
 
 // Reap takes the next completion; ok is false where there is none.
 func (r *Ring) Reap() (c CQE, ok bool) {

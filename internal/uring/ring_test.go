@@ -202,3 +202,31 @@ func TestNoAllocation(t *testing.T) {
 		t.Errorf("%v allocations a request", n)
 	}
 }
+
+// TestTwoSides: one goroutine submits while another reaps.
+func TestTwoSides(t *testing.T) {
+	r := newRing(t, Config{Entries: 4})
+	const n = 2000
+	done := make(chan error, 1)
+	go func() {
+		for next := uint64(0); next < n; {
+			if err := r.Wait(1); err != nil {
+				done <- err
+				return
+			}
+			for c, ok := r.Reap(); ok; c, ok = r.Reap() {
+				next += c.UserData
+			}
+		}
+		done <- nil
+	}()
+	for range n {
+		r.Next().Nop(1)
+		if err := r.Submit(0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}

@@ -86,7 +86,7 @@ func (q *queue) free() error {
 func (q *queue) run() error {
 	runtime.LockOSThread() // and never unlocked: the thread's state goes with it
 	// Memory for this thread must not be got by writing to the device. Refused
-	// without CAP_SYS_RESOURCE; backing.Steady is who reports that.
+	// without CAP_SYS_RESOURCE, without which there is no ublk either.
 	_ = unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 	var workers sync.WaitGroup
 	for i := range q.slots {

@@ -22,9 +22,10 @@
 // # What would hang
 //
 // The process that serves is in the way of the kernel's writeback: it must not
-// wait for memory that only its own device could free (see backing.Steady), and
-// must not open or sync the disk that it serves: a thread of it that waits for
-// itself cannot be killed, and until it is, nobody may recover the device.
+// wait for memory that only its own device could free (the daemon sets
+// PR_SET_IO_FLUSHER and locks its memory), and must not open or sync the disk
+// that it serves: a thread that waits for its own process cannot be killed, and
+// until it is, nobody can recover the device.
 // Every control command has a bound in time.
 package ublk
 
