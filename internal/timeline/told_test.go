@@ -2,11 +2,15 @@ package timeline
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"tidemark/internal/block"
+	"tidemark/internal/segment"
 	"tidemark/internal/stream"
 )
 
@@ -138,5 +142,116 @@ func TestVerifyFindsBrokenRules(t *testing.T) {
 	sound := keep(t, &story{out: append(beginning(), writeOf(2, 1), writeOf(3, 2))}, 1, 1)
 	if got := found(t, sound); got != "" {
 		t.Errorf("a sound one: %s", got)
+	}
+}
+
+// spoilPayload damages the only frame of a segment.
+func spoilPayload(t *testing.T, w *written, sequence uint64) {
+	t.Helper()
+	path := objectPath(t, w, sequence)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[len(b)-256-1] ^= 1 // the last byte before the footer
+	rewrite(t, path, b)
+}
+
+func objectPath(t *testing.T, w *written, sequence uint64) string {
+	t.Helper()
+	refs, err := w.v.Segments(t.Context(), "g")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(w.v.Dir(), segments, refs[sequence-1].Name)
+}
+
+// TestDamagedPayload: reading what is damaged names group, disk, range and
+// object, and the newest point that does not need it; what lies elsewhere is
+// read, and points at which it is covered are whole.
+func TestDamagedPayload(t *testing.T) {
+	at := func(r stream.Record, off int64) stream.Record {
+		r.Range.Off = off
+		return r
+	}
+	records := append(beginning(), writeOf(2, 1), at(writeOf(3, 2), 8192), writeOf(4, 3), at(writeOf(5, 4), 8192))
+	w := keep(t, &story{out: records}, 1, 1)
+	spoilPayload(t, w, 6) // that of position 3
+	h, err := Load(t.Context(), w.v, "g")
+	if err != nil || h.Damage() != nil {
+		t.Fatalf("%v, %v", err, h.Damage())
+	}
+	v, err := h.View(t.Context(), 0, 4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	buf := make([]byte, 512)
+	if _, err := v.ReadAt(buf, 0); err != nil || buf[0] != 3 {
+		t.Errorf("beside the damage: %d, %v", buf[0], err)
+	}
+	var damaged *DamagedError
+	_, err = v.ReadAt(buf, 8192)
+	if !errors.As(err, &damaged) || damaged.From != 3 || damaged.Newest != 2 {
+		t.Fatalf("the damage: %v", err)
+	}
+	for _, want := range []string{"group g", "disk a", "bytes 8192+512", "object 0000000000000006-", "newest sound point is seq:2"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q is not in: %v", want, err)
+		}
+	}
+	for p, sound := range map[stream.Position]bool{2: true, 3: false, 4: false, 5: true} {
+		v, err := h.View(t.Context(), 0, p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := v.ReadAt(make([]byte, v.Size()), 0); (err == nil) != sound {
+			t.Errorf("position %d: %v", p, err)
+		}
+		v.Close()
+	}
+	if got := found(t, w); !strings.Contains(got, "disk a, bytes 8192+512") || !strings.Contains(got, "spoils points from seq:3 to seq:5") || strings.Contains(got, "\n") {
+		t.Errorf("found: %s", got)
+	}
+}
+
+// TestTimeOfDamage: a time at or behind the last that is known may mean what is
+// lost, and gives no older point.
+func TestTimeOfDamage(t *testing.T) {
+	w := keep(t, &story{out: append(beginning(), writeOf(2, 1), writeOf(3, 2), writeOf(4, 3))}, 1, 1)
+	if err := os.Remove(objectPath(t, w, 7)); err != nil { // with position 4
+		t.Fatal(err)
+	}
+	h, err := Load(t.Context(), w.v, "g")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for at, sound := range map[int64]bool{2: true, 3: false, 4: false, 100: false} {
+		var damaged *DamagedError
+		p, err := h.Resolve(stream.Spec{Time: time.Unix(0, at)})
+		if sound && (err != nil || p.Position != 2) || !sound && (!errors.As(err, &damaged) || damaged.Newest != 3) {
+			t.Errorf("time %d: %v, %v", at, p, err)
+		}
+	}
+}
+
+// TestOpeningReadsNoData: where not one payload is whole the points are known
+// all the same, and a view opens.
+func TestOpeningReadsNoData(t *testing.T) {
+	w := keep(t, &story{out: append(beginning(), writeOf(2, 1), writeOf(3, 2), writeOf(4, 3))}, 1, 1)
+	for sequence := uint64(5); sequence <= 7; sequence++ {
+		spoilPayload(t, w, sequence)
+	}
+	h, err := Load(t.Context(), w.v, "g")
+	if err != nil || h.Damage() != nil || !slices.Equal(h.Stretches(), []Stretch{{First: 1, Last: 4}}) {
+		t.Fatalf("%v, %v, %v", err, h.Damage(), h.Stretches())
+	}
+	v, err := h.View(t.Context(), 0, 4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	if _, err := v.ReadAt(make([]byte, 512), 0); !errors.Is(err, segment.ErrDamaged) {
+		t.Errorf("reading: %v", err)
 	}
 }
