@@ -7,6 +7,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -329,5 +331,42 @@ func TestExtents(t *testing.T) {
 	}
 	if data > 128<<10 {
 		t.Logf("the file system knows no holes: %v", got)
+	}
+}
+
+// TestStable: a flush, and a write that is to be stable, reach the disk as such.
+func TestStable(t *testing.T) {
+	disk := testkit.NewDisk(t, diskSize)
+	d := open(t, disk.Path, Options{})
+	flushed := func() int {
+		t.Helper()
+		b, err := os.ReadFile("/sys/block/" + filepath.Base(disk.Path) + "/stat")
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, err := strconv.Atoi(strings.Fields(string(b))[15])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	p := aligned(make([]byte, 8192))[:4096]
+	for _, c := range []struct {
+		name string
+		do   func() error
+		want int
+	}{
+		{"write", func() error { return second(d.WriteAt(p, 0)) }, 0},
+		{"stable write", func() error { return second(d.WriteFUA(p, 0)) }, 1},
+		{"stable write anywhere", func() error { return second(d.WriteFUA(p[1:100], 77)) }, 1},
+		{"flush", d.Flush, 1},
+	} {
+		before := flushed()
+		if err := c.do(); err != nil {
+			t.Error(err)
+		}
+		if got := flushed() - before; got < c.want || c.want == 0 && got > 0 { // some kernels flush twice
+			t.Errorf("%s: %d flushes, want %d", c.name, got, c.want)
+		}
 	}
 }

@@ -3,7 +3,6 @@ package backing
 import (
 	"fmt"
 	"sync"
-	"sync/atomic"
 	"testing"
 
 	"tidemark/internal/testkit"
@@ -17,7 +16,6 @@ type shared struct {
 	ring  *uring.Ring
 	slots chan int
 	done  []chan int32
-	stop  atomic.Bool
 }
 
 func (s *shared) read(fd int, p []byte, off int64) int32 {
