@@ -393,27 +393,39 @@ func TestRemoveWaits(t *testing.T) {
 	}
 }
 
+// patchy is a device in memory that tells at most so many extents at a time.
+type patchy struct {
+	*memory
+	most int
+}
+
+func (p patchy) Extents(r block.Range) ([]block.Extent, error) {
+	all, err := p.memory.Extents(r)
+	return all[:min(len(all), p.most)], err
+}
+
 // TestReadPieces: long reads come as data and holes, in one piece where the client wants it so, and are right.
 func TestReadPieces(t *testing.T) {
-	const size = 4 << 20
+	const size = 8 << 20
 	disk := newMemory(size)
-	for seed := range seeds(5) {
+	holes := 0
+	for seed := range seeds(6) {
 		rnd := rand.New(rand.NewPCG(seed, 1))
 		clear(disk.b)
-		for range rnd.IntN(100) {
-			off, n := rnd.IntN(size-70000), rnd.IntN(70000)
+		for range 1 + rnd.IntN(250) {
+			off, n := rnd.IntN(size-20000), rnd.IntN(20000)
 			for i := range n {
 				disk.b[off+i] = byte(i) | 1
 			}
 		}
 		l := newPipes()
-		end := run(server(t, Export{Name: "x", Device: disk}), l)
+		end := run(server(t, Export{Name: "x", Device: patchy{disk, []int{1 << 20, 10000, 3000}[seed%3]}}), l)
 		c := l.dial(t)
 		c.hello()
 		c.enter("x")
-		for i := range uint64(20) {
-			off := rnd.Uint64N(size / 2)
-			n := uint32(rnd.IntN(size/2) + 1)
+		for i := range uint64(12) {
+			off := rnd.Uint64N(size / 4)
+			n := uint32(rnd.IntN(size*3/4) + 1)
 			flags := uint16(i%2) * nbd.CmdFlagDF
 			c.request(flags, nbd.CmdRead, i, off, n)
 			a := c.answer(i)
@@ -421,8 +433,52 @@ func TestReadPieces(t *testing.T) {
 				t.Fatalf("seed %d: read %d+%d with flags %d: %d pieces of data, %d holes, gapless %v", seed, off, n, flags, len(a.data), len(a.holes), ok)
 			}
 			if len(a.data)+len(a.holes) > piecesMax {
-				t.Errorf("%d pieces", len(a.data)+len(a.holes))
+				t.Errorf("seed %d: %d pieces", seed, len(a.data)+len(a.holes))
 			}
+			holes += len(a.holes)
+		}
+		c.conn.Close()
+		if err := end(); err != nil {
+			t.Error(err)
+		}
+	}
+	if holes == 0 {
+		t.Error("no hole was ever sent as one")
+	}
+}
+
+// discarded is a device of which half has no defined content.
+type discarded struct{ *memory }
+
+func (d discarded) Extents(r block.Range) ([]block.Extent, error) {
+	half := block.Range{Len: d.Size() / 2}
+	if u := r.Intersect(half); !u.Empty() {
+		return []block.Extent{{Range: u, State: block.Undefined}}, nil
+	}
+	return []block.Extent{{Range: r, State: block.Data}}, nil
+}
+
+// TestUndefined: what has no defined content is said to be zero only of a device that reads so.
+func TestUndefined(t *testing.T) {
+	for zero, want := range map[bool]uint32{false: nbd.StateHole, true: nbd.StateHole | nbd.StateZero} {
+		disk := newMemory(256 << 10)
+		if !zero {
+			for i := range disk.b {
+				disk.b[i] = 5
+			}
+		}
+		l := newPipes()
+		end := run(server(t, Export{Name: "x", Device: discarded{disk}, UndefinedReadsZero: zero}), l)
+		c := l.dial(t)
+		c.hello()
+		c.enter("x", nbd.BaseAllocation)
+		c.request(0, nbd.CmdBlockStatus, 1, 0, 256<<10)
+		if got := c.answer(1).status[1]; len(got) != 1 || got[0] != (descriptor{128 << 10, want}) {
+			t.Errorf("reads as zeroes %v: %v", zero, got)
+		}
+		c.request(0, nbd.CmdRead, 2, 0, 256<<10)
+		if b, ok := c.answer(2).whole(0, 256<<10); !ok || string(b) != string(disk.b) {
+			t.Errorf("reads as zeroes %v: something else was read", zero)
 		}
 		c.conn.Close()
 		if err := end(); err != nil {

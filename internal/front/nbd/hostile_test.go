@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -214,7 +215,9 @@ func TestTooManyConnections(t *testing.T) {
 		c.enter("x")
 		idle = append(idle, c)
 	}
-	connect(t, at).closed()
+	if n, err := connect(t, at).conn.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+		t.Errorf("one too many is greeted: %d, %v", n, err)
+	}
 	idle[0].works()
 	for _, c := range idle {
 		c.conn.Close()

@@ -112,28 +112,31 @@ func (c *connection) pieces(r block.Range) []block.Extent {
 		extents = nil // reading will tell
 	}
 	var out []block.Extent
-	add := func(n int64, s block.State) {
-		if last := len(out) - 1; last >= 0 && out[last].State == s {
-			out[last].Len += n
-		} else {
-			out = append(out, block.Extent{Range: block.Range{Off: r.Off, Len: n}, State: s})
+	for i := 0; i < len(extents) && len(out) < piecesMax-1; {
+		zero := c.export.zero(extents[i].State)
+		run := block.Extent{Range: block.Range{Off: r.Off}}
+		for ; i < len(extents) && c.export.zero(extents[i].State) == zero; i++ {
+			run.Len += extents[i].Len
 		}
-		r.Off, r.Len = r.Off+n, r.Len-n
+		if zero && run.Len >= holeMin {
+			run.State = block.Zero
+		}
+		out = extend(out, run)
+		r.Off, r.Len = run.End(), r.Len-run.Len
 	}
-	for _, e := range extents {
-		if len(out) == piecesMax-1 {
-			break // the rest is one piece
-		}
-		s := block.Data
-		if c.export.zero(e.State) && e.Len >= holeMin {
-			s = block.Zero
-		}
-		add(e.Len, s)
-	}
-	if r.Len > 0 {
-		add(r.Len, block.Data)
+	if r.Len > 0 { // what nobody knows of, or too much for one reply
+		out = extend(out, block.Extent{Range: r, State: block.Data})
 	}
 	return out
+}
+
+// extend adds an extent, to the last one where that is in the same state.
+func extend(out []block.Extent, e block.Extent) []block.Extent {
+	if last := len(out) - 1; last >= 0 && out[last].State == e.State {
+		out[last].Len += e.Len
+		return out
+	}
+	return append(out, e)
 }
 
 // status answers with what each context that was agreed on says.
