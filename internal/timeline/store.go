@@ -86,6 +86,15 @@ func newStore(h *History, tables []*segment.Frames) *store {
 func (s *store) read(e extent, dst []byte) error {
 	for at := e.place(); len(dst) > 0; {
 		k := frameKey{e.segment, int(at / segment.FrameSize)}
+		if at%segment.FrameSize == 0 && len(dst) >= segment.FrameSize { // all of it: not by way of the cache
+			data, err := s.decode(k, dst[:segment.FrameSize])
+			if err != nil {
+				clear(dst[:segment.FrameSize])
+				return err
+			}
+			dst, at = dst[len(data):], at+uint64(len(data))
+			continue
+		}
 		data, err := s.frame(k)
 		if err != nil {
 			return err
@@ -109,7 +118,7 @@ func (s *store) frame(k frameKey) ([]byte, error) {
 	}
 	s.mu.Unlock()
 	f.once.Do(func() {
-		if f.data, f.err = s.decode(k); f.err != nil { // it may be read when it is asked for again
+		if f.data, f.err = s.decode(k, make([]byte, segment.FrameSize)); f.err != nil { // it may be read when it is asked for again
 			s.mu.Lock()
 			s.frames.drop(k)
 			s.mu.Unlock()
@@ -118,13 +127,14 @@ func (s *store) frame(k frameKey) ([]byte, error) {
 	return f.data, f.err
 }
 
-func (s *store) decode(k frameKey) ([]byte, error) {
+// decode reads a frame into dst, which must have room for segment.FrameSize bytes.
+func (s *store) decode(k frameKey, dst []byte) ([]byte, error) {
 	o, err := s.take(k.segment)
 	defer s.put(o)
 	if err != nil {
 		return nil, err
 	}
-	return s.tables[k.segment].Read(o.r, k.frame, make([]byte, segment.FrameSize))
+	return s.tables[k.segment].Read(o.r, k.frame, dst)
 }
 
 // take opens a segment, or finds it open. put gives it back.

@@ -294,3 +294,38 @@ func TestMissingObject(t *testing.T) {
 		t.Errorf("verify: %+v, %v", report, err)
 	}
 }
+
+// TestLongPayloads: payloads over several frames, cut by others, read in pieces
+// of any size and place.
+func TestLongPayloads(t *testing.T) {
+	old := sizes
+	sizes = [2]int64{600 << 10, 4096}
+	defer func() { sizes = old }()
+	whole := []block.DiskRange{{Range: block.Range{Len: sizes[0]}}, {Disk: 1, Range: block.Range{Len: sizes[1]}}}
+	s := &story{r: rand.New(rand.NewPCG(1, 7))}
+	write := func(p stream.Position, off, size int64) {
+		s.add(stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: p, Range: block.Range{Off: off, Len: size}, Payload: s.payload(size)})
+	}
+	s.add(stream.Record{Kind: stream.KindGap, Position: 1, Ranges: whole})
+	s.add(stream.Record{Kind: stream.KindFill, Fill: stream.FillData, Position: 1, ValidFrom: 1, Range: whole[0].Range, Payload: s.payload(sizes[0])})
+	s.add(zeroFill(1, 1, 1, whole[1].Range))
+	s.add(settledAt(1))
+	write(2, 4096, 1024)
+	write(3, 32<<10, 256<<10)
+	write(4, 200<<10, 130<<10+512)
+	write(5, 64<<10, 64<<10)
+	w, h := told(t, s.out)
+	v, err := h.View(t.Context(), 0, 5)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	want := truth(w.records, 0, 5)
+	for range 300 {
+		off := s.r.Int64N(sizes[0])
+		got := make([]byte, 1+s.r.Int64N(sizes[0]-off))
+		if n, err := v.ReadAt(got, off); err != nil || n != len(got) || !bytes.Equal(got, want[off:off+int64(n)]) {
+			t.Fatalf("%d bytes from %d: %d, %v", len(got), off, n, err)
+		}
+	}
+}

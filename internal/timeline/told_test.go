@@ -44,7 +44,7 @@ func beginning() []stream.Record {
 }
 
 // told puts records into a vault, a segment each, and loads it.
-func told(t *testing.T, records []stream.Record) (*written, *History) {
+func told(t testing.TB, records []stream.Record) (*written, *History) {
 	t.Helper()
 	w := keep(t, &story{out: records}, 1, 1)
 	h, err := Load(t.Context(), w.v, "g")
