@@ -55,6 +55,7 @@ struct block_device_operations {
 struct gendisk {
 	struct block_device *part0;
 	const struct block_device_operations *fops;
+	int flags;
 	__u64 diskseq;
 };
 

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
-/* What programs and daemon share. A change here is a new LAYOUT: a daemon does
- * not adopt pins of another one. internal/tap holds the same structures in Go,
- * with a test that compares the sizes through BTF. */
+/* What programs and daemon share. A change here is a new LAYOUT. A daemon adopts
+ * pins of an older one back to internal/tap's layoutOldest: as long as nothing
+ * changes its meaning, and what is new comes out of reserved fields, whose zero
+ * says that there is none. internal/tap holds the same structures in Go, with a
+ * test that compares the sizes through BTF. */
 #pragma once
 
-#define LAYOUT 3
+#define LAYOUT 4
 #define TARGETS_MAX 16	 /* protected ranges of one whole disk */
 #define DISKS_MAX 64	 /* disks of a group */
 #define INFLIGHT_MAX 65536
@@ -58,8 +60,9 @@ struct state {
 	__u64 inflight_full;
 	__u64 remapped; /* a disk of the group may end its bios as another disk's */
 	__u32 only;	/* device number, where all targets are on one whole disk; else 0 */
-	__u32 reserved0;
-	__u64 reserved[6];
+	__u32 nvme;	/* 1 + pass_offset of NVMe commands, where a disk of the group is one; else 0 */
+	__u64 admin;	/* NVMe commands of no disk that may have written, number */
+	__u64 reserved[5];
 };
 
 enum {

@@ -780,12 +780,56 @@ static __always_inline bool ata_harmless(__u8 op)
 
 static __always_inline bool nvme_harmless(__u8 op)
 {
-	/* I/O: flush, read, compare, verify, reservations. Admin: get log page, identify, get features, abort, async event, keep alive. */
 	switch (op) {
-	case 0x00: case 0x02: case 0x05: case 0x06: case 0x08: case 0x0a: case 0x0c: case 0x0d: case 0x0e: case 0x11: case 0x15: case 0x18:
+	case 0x00: /* flush */
+	case 0x02: /* read */
+	case 0x05: /* compare */
+	case 0x0c: /* verify */
+	case 0x0d: case 0x0e: case 0x11: case 0x15: /* reservations */
 		return true;
 	}
 	return false;
+}
+
+static __always_inline bool nvme_admin_harmless(__u8 op)
+{
+	switch (op) {
+	case 0x00: case 0x01: case 0x04: case 0x05: /* queues made and deleted */
+	case 0x02: /* get log page */
+	case 0x06: /* identify */
+	case 0x08: /* abort */
+	case 0x09: case 0x0a: /* features */
+	case 0x0c: /* asynchronous event */
+	case 0x10: case 0x11: /* firmware */
+	case 0x14: /* self-test */
+	case 0x18: /* keep alive */
+	case 0x7c: /* doorbells */
+		return true;
+	}
+	return false;
+}
+
+/* nvme_code gives the code of a request's NVMe command; false: it cannot be read. */
+static __always_inline bool nvme_code(struct request *rq, __u32 offset, __u8 *code)
+{
+	__u64 cmd = 0, at = (__u64)rq + bpf_core_type_size(struct request) + offset;
+	return !bpf_probe_read_kernel(&cmd, sizeof(cmd), (void *)at) && !bpf_probe_read_kernel(code, 1, (void *)cmd);
+}
+
+#define DISK_HIDDEN 2 /* GENHD_FL_HIDDEN */
+
+/* An NVMe controller's own commands go through a queue without a disk, those of
+ * a disk with several paths through the hidden disk of a path. Which disk they
+ * mean is not told: they count for every NVMe disk of the group. */
+static __always_inline void issued_beside(struct state *st, struct request *rq, struct gendisk *disk)
+{
+	__u8 code = 0;
+	if (!st->nvme || (disk && !(disk->flags & DISK_HIDDEN)))
+		return;
+	if (!nvme_code(rq, st->nvme - 1, &code))
+		return; /* another driver's */
+	if (!(disk ? nvme_harmless(code) : nvme_admin_harmless(code)))
+		__sync_fetch_and_add(&st->admin, 1);
 }
 
 SEC("tp_btf/block_rq_issue") int BPF_PROG(rq_issue, struct request *rq)
@@ -793,28 +837,26 @@ SEC("tp_btf/block_rq_issue") int BPF_PROG(rq_issue, struct request *rq)
 	__u32 op = rq->cmd_flags & OP_MASK;
 	if (op != OP_DRV_IN && op != OP_DRV_OUT)
 		return 0;
-	struct gendisk *disk = rq->q->disk;
-	if (!disk)
-		return 0;
-	__u32 dev = disk->part0->bd_dev;
 	struct state *st = get_state();
 	if (!st)
 		return 0;
-	struct whole *w = get_whole(st, dev);
-	if (!w)
+	struct gendisk *disk = rq->q->disk;
+	struct whole *w = disk ? get_whole(st, disk->part0->bd_dev) : 0;
+	if (!w) {
+		issued_beside(st, rq, disk);
 		return 0;
+	}
 	struct counters *c = get_counts(w);
 	if (!c || w->passthrough == PASS_NONE)
 		return 0;
-	__u64 at = (__u64)rq + bpf_core_type_size(struct request) + w->pass_offset;
 	__u8 code = 0, cdb[16];
 	if (w->passthrough == PASS_SCSI) {
+		__u64 at = (__u64)rq + bpf_core_type_size(struct request) + w->pass_offset;
 		if (!bpf_probe_read_kernel(cdb, sizeof(cdb), (void *)at) &&
 		    (scsi_harmless(cdb[0]) || (cdb[0] == 0x85 && ata_harmless(cdb[14])) || (cdb[0] == 0xa1 && ata_harmless(cdb[9]))))
 			return 0;
 	} else if (w->passthrough == PASS_NVME) {
-		__u64 cmd = 0;
-		if (!bpf_probe_read_kernel(&cmd, sizeof(cmd), (void *)at) && !bpf_probe_read_kernel(&code, 1, (void *)cmd) && nvme_harmless(code))
+		if (nvme_code(rq, w->pass_offset, &code) && nvme_harmless(code))
 			return 0;
 	} else if (op == OP_DRV_IN) {
 		return 0;

@@ -4,8 +4,8 @@
 set -u
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/sbin:/usr/sbin
-export TIDEMARK_SKIPS=$(mktemp)
-trap 'rm -f "$TIDEMARK_SKIPS"' EXIT
+export TIDEMARK_SKIPS=$(mktemp) TIDEMARK_RAN=$(mktemp) # RAN: what passed in the virtual machine
+trap 'rm -f "$TIDEMARK_SKIPS" "$TIDEMARK_RAN"' EXIT
 status=0
 
 # left lists what tests make in the kernel: it must be the same after them.
@@ -39,8 +39,11 @@ if [ -n "$new" ]; then
 	status=1
 fi
 echo
-echo "Skipped: $(sort -u "$TIDEMARK_SKIPS" | grep -c .)"
-sort -u "$TIDEMARK_SKIPS" | sed 's/^/  /'
+echo "Skipped here: $(sort -u "$TIDEMARK_SKIPS" | grep -c .)"
+# A line ends in "FOLDER TEST"; of those that passed in a guest it says so.
+sort -u "$TIDEMARK_SKIPS" | awk -v ran="$TIDEMARK_RAN" '
+	BEGIN { while ((getline line < ran) > 0) { split(line, f, " "); at[f[2] " " f[3]] = at[f[2] " " f[3]] " " f[1] } }
+	{ what = $(NF - 1) " " $NF; print "  " $0 (what in at ? "; passed in the virtual machine:" at[what] : "") }'
 # Where features are required nothing else may be skipped either, but for what
 # TIDEMARK_ABSENT names: things this kind of machine cannot have.
 if [ -n "${TIDEMARK_REQUIRE:-}" ]; then

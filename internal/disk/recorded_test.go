@@ -166,6 +166,22 @@ func TestRecordedRefusals(t *testing.T) {
 	if got := codes(TapRefusals(i)); !slices.Equal(got, []string{CodeMerge}) {
 		t.Errorf("merging: %v", got)
 	}
+	i = see(t, h, "sda1")
+	i.hidden, i.Size = true, 0
+	if got := codes(TapRefusals(i)); !slices.Equal(got, []string{CodeEmpty, CodeHidden}) {
+		t.Errorf("hidden and empty: %v", got)
+	}
+	if c := HoldsRefusal(see(t, h, "sdb"), "", "/srv/vault"); c == nil || c.Code != CodeHoldsOwn || !strings.Contains(c.Detail, "/srv/vault") {
+		t.Errorf("the vault's own disk: %+v", c)
+	}
+	if c := HoldsRefusal(see(t, h, "sdb"), "", "/var/vault"); c != nil {
+		t.Errorf("another disk than the vault's: %+v", c)
+	}
+	for _, code := range []string{CodeMember, CodeSwap, CodeHoldsOwn, CodeZoned} {
+		if Forceable(code) || !Forceable(CodeCluster) {
+			t.Errorf("forceable: %s %v", code, Forceable(code))
+		}
+	}
 }
 
 func TestRecordedFacts(t *testing.T) {

@@ -18,6 +18,9 @@ func (t *Tap) Counters() (Counters, error) {
 			Unknown: atomic.LoadUint64(&n.Unknown), Foreign: atomic.LoadUint64(&n.Foreign), Passthrough: atomic.LoadUint64(&n.Passthrough),
 			Unreadable: atomic.LoadUint64(&n.Unreadable), Blind: atomic.LoadUint64(&n.Blind),
 		}
+		if target.Pass.Kind == PassNVMe {
+			c.Disks[i].Passthrough += atomic.LoadUint64(&t.state.Admin)
+		}
 	}
 	for hook, p := range t.stubs {
 		s, err := p.Stats()

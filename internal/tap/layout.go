@@ -16,8 +16,9 @@ type state struct {
 	InflightFull uint64
 	Remapped     uint64
 	Only         uint32
-	Reserved0    uint32
-	Reserved     [6]uint64
+	NVMe         uint32
+	Admin        uint64
+	Reserved     [5]uint64
 }
 
 type target struct {

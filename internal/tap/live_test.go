@@ -109,7 +109,7 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	upgraded := make(chan error)
 	go func() {
 		defer close(upgraded)
-		for range 5 {
+		for range 2 {
 			again, err := Adopt("test", fmt.Sprintf("t%d", os.Getpid()))
 			if err == nil && again.Identity() != tp.Identity() {
 				err = errors.New("another ring")

@@ -56,7 +56,7 @@ func Start(cfg Config) (*Tap, error) {
 	if _, err := rand.Read(t.ident[:]); err != nil {
 		return nil, err
 	}
-	if err := t.start(); err != nil {
+	if err := t.start(bpf.Tap, layout); err != nil {
 		return nil, errors.Join(err, t.Remove())
 	}
 	return t, nil
@@ -126,8 +126,8 @@ func (t *Tap) hooks() []string {
 // allHooks are those that there are programs for.
 var allHooks = []string{"queue", "rq_complete", "bio_complete", "rq_issue"}
 
-func (t *Tap) start() error {
-	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(bpf.Tap))
+func (t *Tap) start(object []byte, layout int) error {
+	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(object))
 	if err != nil {
 		return err
 	}
@@ -245,11 +245,22 @@ func (t *Tap) setUp() {
 			t.state.Remapped = 1
 		}
 	}
+	t.watchControllers()
 	if t.options.MapOnly {
 		t.state.Payload, t.state.Ends, t.noPayload = payloadMap, endsOff, ErrMetadataOnly
 		return
 	}
 	t.calibrate()
+}
+
+// watchControllers has the programs look at commands of no disk where one of the
+// group's is NVMe.
+func (t *Tap) watchControllers() {
+	for _, target := range t.targets {
+		if target.Pass.Kind == PassNVMe {
+			atomic.StoreUint32(&t.state.NVMe, target.Pass.Offset+1)
+		}
+	}
 }
 
 // calibrate has payloads captured from now on, if it can be shown that they are
@@ -342,7 +353,8 @@ func (t *Tap) loadStubs() error {
 }
 
 // Adopt takes a pinned tap over and puts this build's programs into it, without
-// a moment in which nothing is captured. ErrNoPins, ErrLayout.
+// a moment in which nothing is captured; the tap may be of an older layout, back
+// to layoutOldest. ErrNoPins, ErrLayout.
 func Adopt(instance, group string) (*Tap, error) {
 	p, err := pinsOf(instance, group)
 	if err != nil {
@@ -412,5 +424,13 @@ func (t *Tap) adopt() error {
 	if err := t.loadStubs(); err != nil {
 		return err
 	}
-	return t.mapMemory()
+	if err := t.mapMemory(); err != nil {
+		return err
+	}
+	if t.meta.Layout == layout {
+		return nil
+	}
+	t.watchControllers()
+	t.meta.Layout = layout
+	return t.pins.replaceMeta(t.meta)
 }

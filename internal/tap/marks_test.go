@@ -27,7 +27,7 @@ func TestMarksExactly(t *testing.T) {
 	tp.state.RingSize = 0 // as the programs see it
 	f, buf := direct(t, d.Path), pages(t, mib)
 	var wanted [3]block.Set
-	for i := range 150 {
+	for i := range fewer(150) {
 		n := int64(512) * (1 + mrand.Int64N(1<<mrand.IntN(12)))
 		r := block.Range{Off: mrand.Int64N((d.Size-n)/512) * 512, Len: n}
 		switch i % 4 {

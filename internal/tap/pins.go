@@ -130,8 +130,8 @@ func (p pins) meta() (meta, error) {
 	if err := json.Unmarshal(value[:end], &m); err != nil {
 		return meta{}, fmt.Errorf("%s: %w: %w", p.dir, ErrLayout, err)
 	}
-	if m.Layout != layout {
-		return m, fmt.Errorf("%s has layout %d, this build %d: %w", p.dir, m.Layout, layout, ErrLayout)
+	if m.Layout < layoutOldest || m.Layout > layout {
+		return m, fmt.Errorf("%s has layout %d, this build takes %d to %d: %w", p.dir, m.Layout, layoutOldest, layout, ErrLayout)
 	}
 	return m, nil
 }

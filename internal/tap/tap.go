@@ -58,12 +58,13 @@ var _ source.Source = (*Tap)(nil)
 
 // Bounds that the programs share (bpf/layout.h).
 const (
-	layout     = 3
-	targetsMax = 16
-	disksMax   = 64
-	headSize   = 64
-	pageSize   = 4096
-	payloadMax = 32 << 20
+	layout       = 4
+	layoutOldest = 3 // that Adopt takes over
+	targetsMax   = 16
+	disksMax     = 64
+	headSize     = 64
+	pageSize     = 4096
+	payloadMax   = 32 << 20
 )
 
 // Target is one protected range of one disk: a whole disk or a partition.

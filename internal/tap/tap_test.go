@@ -178,6 +178,14 @@ func TestLayoutMatchesObject(t *testing.T) {
 	}
 }
 
+// fewer is a third of n where the machine is slow: in the virtual machine.
+func fewer(n int) int {
+	if testing.Short() {
+		return n / 3
+	}
+	return n
+}
+
 // TestReplica: what the ring alone gives is the disk, bit for bit.
 func TestReplica(t *testing.T) {
 	d := testkit.NewDisk(t, 192<<20)
@@ -189,7 +197,7 @@ func TestReplica(t *testing.T) {
 	}
 	r := newReplica(t, tp, d)
 	dir := testkit.Mount(t, d.Path, "discard")
-	for i := range 300 {
+	for i := range fewer(300) {
 		b := make([]byte, 1+mrand.IntN(300_000))
 		rand.Read(b)
 		name := filepath.Join(dir, fmt.Sprint(i%40))
@@ -224,7 +232,7 @@ func TestOddShapes(t *testing.T) {
 	tp := start(t, 64<<20, Options{}, d)
 	r := newReplica(t, tp, d)
 	f, buf := direct(t, d.Path), pages(t, 8<<20)
-	for i := range 400 {
+	for i := range fewer(400) {
 		n := 512 << mrand.IntN(13)
 		at := mrand.IntN(512) * 512 % (len(buf) - n)
 		if i%3 == 0 {

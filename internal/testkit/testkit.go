@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -56,7 +57,7 @@ var probed sync.Map
 
 // Need skips the test where the machine lacks a feature, saying why; where
 // TIDEMARK_REQUIRE names the feature it fails instead. TIDEMARK_SKIPS names a
-// file that collects what was skipped, a line "feature: reason: test" each.
+// file that collects what was skipped, a line "feature: reason: folder test" each.
 func Need(t testing.TB, wanted ...string) {
 	t.Helper()
 	for _, f := range wanted {
@@ -68,16 +69,20 @@ func Need(t testing.TB, wanted ...string) {
 		if !ok {
 			v, _ = probed.LoadOrStore(f, errBox{probe()})
 		}
-		err := v.(errBox).error
-		if err == nil {
-			continue
+		if err := v.(errBox).error; err != nil {
+			Lack(t, f, err)
 		}
-		if slices.Contains(strings.Split(os.Getenv("TIDEMARK_REQUIRE"), ","), f) {
-			t.Fatalf("%s is required and missing: %v", f, err)
-		}
-		record(t, f, err)
-		t.Skipf("needs %s: %v", f, err)
 	}
+}
+
+// Lack is Need for a feature that the test itself found missing.
+func Lack(t testing.TB, feature string, why error) {
+	t.Helper()
+	if slices.Contains(strings.Split(os.Getenv("TIDEMARK_REQUIRE"), ","), feature) {
+		t.Fatalf("%s is required and missing: %v", feature, why)
+	}
+	record(t, feature, why)
+	t.Skipf("needs %s: %v", feature, why)
 }
 
 type errBox struct{ error }
@@ -94,7 +99,21 @@ func record(t testing.TB, feature string, why error) {
 	}
 	defer f.Close()
 	reason := strings.Join(strings.Fields(why.Error()), " ") // one line
-	fmt.Fprintf(f, "%s: %s: %s\n", feature, reason, t.Name())
+	fmt.Fprintf(f, "%s: %s: %s %s\n", feature, reason, folder(), t.Name())
+}
+
+// folder is that of the package under test, from the repository's root.
+func folder() string {
+	dir, err := os.Getwd() // go test sets it
+	if err != nil {
+		return "?"
+	}
+	for root := dir; root != "/"; root = filepath.Dir(root) {
+		if _, err := os.Stat(filepath.Join(root, "go.mod")); err == nil {
+			return strings.TrimPrefix(dir, root+"/")
+		}
+	}
+	return dir
 }
 
 func access(path string) error {

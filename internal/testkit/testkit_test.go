@@ -89,7 +89,7 @@ func TestNeed(t *testing.T) {
 		t.Errorf("a skip is a failure: %v", err)
 	}
 	got, err := os.ReadFile(skips)
-	if want := "nothing: never there: TestNeed\n"; err != nil || string(got) != want {
+	if want := "nothing: never there: internal/testkit TestNeed\n"; err != nil || string(got) != want {
 		t.Errorf("recorded %q, %v; want %q", got, err, want)
 	}
 }

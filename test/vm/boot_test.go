@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"tidemark/internal/testkit"
 )
 
 // guest is one virtual machine: a kernel, and what runs on it.
@@ -33,16 +35,21 @@ func (g *guest) boot(t *testing.T) *results {
 	t.Helper()
 	kernel, err := output(t, "./kernel.sh", g.suite)
 	if err != nil {
-		t.Fatalf("a kernel of %s: %v", g.suite, err)
+		testkit.Lack(t, "vm", err)
 	}
 	dir := t.TempDir()
 	res := &results{dir: filepath.Join(dir, "results"), console: filepath.Join(dir, "console")}
-	initramfs, disk := filepath.Join(dir, "initramfs"), filepath.Join(dir, "disk")
+	initramfs, disks := filepath.Join(dir, "initramfs"), []string{filepath.Join(dir, "virtio"), filepath.Join(dir, "nvme"), filepath.Join(dir, "paths")}
 	if _, err := output(t, "./initramfs.sh", kernel, initramfs); err != nil {
 		t.Fatalf("initramfs: %v", err)
 	}
-	if err := errors.Join(os.Mkdir(res.dir, 0o755), os.WriteFile(disk, nil, 0o600), os.Truncate(disk, diskSize)); err != nil {
+	if err := os.Mkdir(res.dir, 0o755); err != nil {
 		t.Fatal(err)
+	}
+	for _, d := range disks {
+		if err := errors.Join(os.WriteFile(d, nil, 0o600), os.Truncate(d, diskSize)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for i := range g.jobs {
 		g.jobs[i].build(t, dir, i)
@@ -54,7 +61,7 @@ func (g *guest) boot(t *testing.T) *results {
 		t.Fatal(err)
 	}
 	begun := time.Now()
-	err = g.qemu(t.Context(), kernel, initramfs, disk, res)
+	err = g.qemu(t.Context(), kernel, initramfs, disks, res)
 	t.Logf("%s: ran for %v", filepath.Base(kernel), time.Since(begun).Round(time.Second))
 	if _, stat := os.Stat(filepath.Join(res.dir, "booted")); stat != nil {
 		t.Fatalf("the guest did not boot: %v; its console:\n%s", err, res.tail())
@@ -65,10 +72,10 @@ func (g *guest) boot(t *testing.T) *results {
 	return res
 }
 
-const diskSize = 128 << 20 // the virtio disk, bytes
+const diskSize = 48 << 20 // of each disk that QEMU has, bytes
 
 // qemu is emulation only: where nested virtualisation is offered, guests may hang in it.
-func (g *guest) qemu(ctx context.Context, kernel, initramfs, disk string, res *results) error {
+func (g *guest) qemu(ctx context.Context, kernel, initramfs string, disks []string, res *results) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, g.timeout, fmt.Errorf("killed after %v", g.timeout))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-M", "q35", "-smp", "2", "-m", "3072",
@@ -76,7 +83,11 @@ func (g *guest) qemu(ctx context.Context, kernel, initramfs, disk string, res *r
 		"-kernel", filepath.Join(kernel, "vmlinuz"), "-initrd", initramfs, "-append", "console=ttyS0 panic=-1 oops=panic loglevel=5",
 		"-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap",
 		"-virtfs", "local,path="+res.dir+",mount_tag=results,security_model=none,multidevs=remap",
-		"-drive", "if=none,id=disk,format=raw,cache=unsafe,discard=unmap,file="+disk, "-device", "virtio-blk-pci,drive=disk,serial=tidemark")
+		"-device", "virtio-blk-pci,drive=virtio,serial=virtio", "-device", "nvme,drive=nvme,serial=nvme",
+		"-device", "nvme-subsys,id=subsystem,nqn=paths", "-device", "nvme,id=path,serial=paths,subsys=subsystem", "-device", "nvme-ns,drive=paths,bus=path")
+	for _, d := range disks {
+		cmd.Args = append(cmd.Args, "-drive", "if=none,format=raw,cache=unsafe,discard=unmap,id="+filepath.Base(d)+",file="+d)
+	}
 	cmd.WaitDelay = 5 * time.Second
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // also where the test is killed
 	runtime.LockOSThread()                                             // the signal is sent when the starting thread ends

@@ -13,7 +13,7 @@ import (
 // job is one package's tests, run in the guest.
 type job struct {
 	pkg     string        // folder below the repository's root
-	run     string        // pattern of go test -run (TIDEMARK_VM_RUN); empty: all
+	run     string        // pattern of go test -run (TIDEMARK_VM_RUN replaces it); empty: all
 	count   int           // how often they are run (TIDEMARK_VM_COUNT); 0: once
 	timeout time.Duration // of its tests together, in the guest
 
@@ -58,7 +58,7 @@ func (g *guest) script(kernel, program string) string {
 exec </dev/null >/results/log 2>&1
 touch /results/booted
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C DM_DISABLE_UDEV=1
-export TIDEMARK_REQUIRE=root,tap,loop,fuse,dm TIDEMARK_SKIPS=/results/skips TIDEMARK_BIN=%[2]s
+export TIDEMARK_REQUIRE=root,tap,loop,fuse,dm,nbd TIDEMARK_SKIPS=/results/skips TIDEMARK_BIN=%[2]s
 mkdir -p /dev/shm /dev/pts /run
 mount -t tmpfs shm /dev/shm
 mount -t devpts pts /dev/pts
@@ -67,12 +67,12 @@ mount -t bpf bpf /sys/fs/bpf
 mount -t tracefs trace /sys/kernel/tracing
 [ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
 ln -sfn %[1]s/lib/modules/$(uname -r) /lib/modules/$(uname -r)
-modprobe loop max_loop=8
-for m in fuse virtio_blk dm-mod ext4 xfs btrfs; do modprobe $m; done
+modprobe loop max_loop=16
+for m in fuse virtio_blk nvme dm-mod ext4 xfs btrfs ublk_drv nbd; do modprobe $m; done
 busybox ip link set lo up
 `, quote(kernel), quote(program))
 	for _, j := range g.jobs {
-		fmt.Fprintf(&b, "cd %s && timeout -k 5 %d %s -test.v=test2json -test.timeout=%v -test.count=%d -test.run=%s >/results/%s.out 2>&1\necho $? >/results/%[7]s.exit\n",
+		fmt.Fprintf(&b, "cd %s && timeout -s QUIT -k 10 %d %s -test.v=test2json -test.short -test.timeout=%v -test.count=%d -test.run=%s >/results/%s.out 2>&1\necho $? >/results/%[7]s.exit\n",
 			quote(filepath.Join(j.root, j.pkg)), int(j.timeout.Seconds())+10, quote(j.binary), j.timeout, max(j.count, 1), quote(j.run), j.out)
 	}
 	b.WriteString("dmesg | grep -E 'BUG|WARNING|Call Trace' >/results/kernel-complaints\ntouch /results/finished\nsync\necho o >/proc/sysrq-trigger\nsleep 60\n")

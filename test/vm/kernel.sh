@@ -5,7 +5,7 @@
 # root is needed. apt does the download with a configuration of its own, so what
 # it gives is checked against the signed index; the checksum kept beside the
 # package is checked at each use. A mirror is asked once a day; where it does
-# not answer, the last kernel fetched is used.
+# not answer, the last kernel fetched is used, and it is asked again an hour later.
 set -eu
 suite=$1
 export PATH=$PATH:/sbin:/usr/sbin LC_ALL=C
@@ -68,15 +68,14 @@ unpack() {
 	mv "$to.new" "$to"
 }
 
-if [ -z "$(find "$cache/asked" -mtime -1 2>/dev/null)" ] || ! sound "$(cat "$cache/newest" 2>/dev/null)"; then
-	fetch || say "the mirror gave no kernel of $suite; using the last one fetched, if there is any"
+recent() { [ -n "$(find "$cache/$1" -mmin "-$2" 2>/dev/null)" ]; }
+
+if ! sound "$(cat "$cache/newest" 2>/dev/null)"; then
+	fetch || { say "no sound kernel of $suite is in $cache, and the mirror gives none: connect to a mirror of Debian once"; exit 1; }
+elif ! recent asked 1440 && ! recent failed 60; then
+	fetch || { touch "$cache/failed"; say "the mirror gives no kernel of $suite now; the last one fetched is used"; }
 fi
-deb=$(cat "$cache/newest" 2>/dev/null) || { say "no kernel of $suite was ever fetched"; exit 1; }
-if ! sound "$deb"; then
-	rm -f "$cache/$deb" "$cache/$deb.sha256" "$cache/newest"
-	say "$deb in the cache is damaged and was removed: run again"
-	exit 1
-fi
+deb=$(cat "$cache/newest")
 dir=$cache/${deb%.deb}
 [ -e "$dir/release" ] || unpack "$deb" "$dir"
 find "$cache" -mindepth 1 -maxdepth 1 -name 'linux-image-*' ! -name "${deb%.deb}*" -exec rm -rf {} + # older kernels

@@ -25,6 +25,9 @@ import (
 // verbMax bounds every verb: one that waits for ever must not take all tests with it.
 const verbMax = 3 * time.Minute
 
+// dumpMax bounds how long a process that hangs may take to say where.
+const dumpMax = 10 * time.Second
+
 var build = sync.OnceValues(func() (string, error) {
 	if bin := os.Getenv("TIDEMARK_BIN"); bin != "" {
 		return filepath.Abs(bin)
@@ -68,6 +71,8 @@ type Daemon struct {
 	ended  chan struct{}
 	bin    string
 	extras []string
+
+	awaiting string // what Await waits for
 }
 
 // New starts a daemon with more arguments, if any. When the test ends it is
@@ -159,17 +164,42 @@ func (d *Daemon) Log() string {
 	return strings.Join(lines[max(0, len(lines)-60):], "\n")
 }
 
+// dump has the daemon say what each of its goroutines does, which ends it.
+func (d *Daemon) dump() string {
+	path := filepath.Join(d.Dir, "log")
+	st, err := os.Stat(path)
+	if err != nil {
+		return err.Error()
+	}
+	_ = d.cmd.Process.Signal(syscall.SIGQUIT)
+	select {
+	case <-d.ended:
+	case <-time.After(dumpMax):
+	}
+	b, _ := os.ReadFile(path)
+	return string(b[min(int(st.Size()), len(b)):])
+}
+
 // Verb runs one verb and gives its standard output; the error is an *Error.
 func (d *Daemon) Verb(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), verbMax)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, d.bin, args...)
 	cmd.Env = d.env()
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGQUIT) } // it tells what it waits for
+	cmd.WaitDelay = dumpMax
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return string(out), &Error{Args: args, Exit: cmd.ProcessState.ExitCode(), Text: string(out) + stderr.String(), Cause: errors.Join(err, ctx.Err())}
+		e := &Error{Args: args, Exit: -1, Text: string(out) + stderr.String(), Cause: errors.Join(err, ctx.Err())}
+		if cmd.ProcessState != nil {
+			e.Exit = cmd.ProcessState.ExitCode()
+		}
+		if ctx.Err() != nil {
+			e.Text += "\nthe daemon:\n" + d.dump()
+		}
+		return string(out), e
 	}
 	return string(out), nil
 }

@@ -100,12 +100,14 @@ func (d *Daemon) Settle(group string) Group {
 func (d *Daemon) Await(group, what string, ok func(*Group) bool) Group {
 	d.t.Helper()
 	var g Group
+	d.awaiting = what
 	Eventually(d.t, 2*time.Minute, "group "+group+" is "+what, func() error {
 		if g = d.Group(group); !ok(&g) {
 			return fmt.Errorf("it is %+v", g)
 		}
 		return nil
 	})
+	d.awaiting = ""
 	return g
 }
 

@@ -26,6 +26,9 @@ func (d *Daemon) cleanup() {
 	if d.t.Failed() {
 		text, _ := d.Verb("status", "--json")
 		d.t.Logf("status %s\nthe daemon said:\n%s", text, d.Log())
+		if d.awaiting != "" {
+			d.t.Logf("while the group was awaited to be %s the daemon did:\n%s", d.awaiting, d.dump())
+		}
 	}
 	d.Kill()
 	if err := removePins(d.State); err != nil {

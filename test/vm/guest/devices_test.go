@@ -21,7 +21,7 @@ const size = 32 << 20 // of the small disks here, bytes
 // TestCaptured: what the ring gives is the disk, on every kind of disk.
 func TestCaptured(t *testing.T) {
 	kinds := map[string]func(testing.TB) string{
-		"virtio": virtio, "partition": partition, "scsi": scsi, "mirror": mirror, "linear": linear,
+		"virtio": virtio, "partition": partition, "scsi": scsi, "nvme": nvme, "paths": paths, "mirror": mirror, "linear": linear,
 		"striped": striped,
 	}
 	for name, make := range kinds {
@@ -35,16 +35,23 @@ func TestCaptured(t *testing.T) {
 	}
 }
 
-// virtio is the guest's own disk, known by its serial number.
-func virtio(t testing.TB) string {
+// The guest's own disks, known by their serial numbers.
+func virtio(t testing.TB) string { return bySerial(t, "vd*", "serial", "virtio") }
+func nvme(t testing.TB) string   { return bySerial(t, "nvme*", "device/serial", "nvme") }
+
+// paths is an NVMe disk that its driver has put above its one path, without a queue of its own.
+func paths(t testing.TB) string { return bySerial(t, "nvme*", "device/serial", "paths") }
+
+func bySerial(t testing.TB, names, attr, serial string) string {
 	t.Helper()
-	found, _ := filepath.Glob("/sys/block/vd*")
+	found, _ := filepath.Glob("/sys/block/" + names)
 	for _, dir := range found {
-		if b, _ := os.ReadFile(dir + "/serial"); strings.TrimSpace(string(b)) == "tidemark" {
+		hidden, _ := os.ReadFile(dir + "/hidden")
+		if b, _ := os.ReadFile(filepath.Join(dir, attr)); strings.TrimSpace(string(b)) == serial && strings.TrimSpace(string(hidden)) != "1" {
 			return "/dev/" + filepath.Base(dir)
 		}
 	}
-	t.Fatal("the guest has no virtio disk")
+	t.Fatalf("the guest has no disk %s with the serial number %s among %v", names, serial, found)
 	return ""
 }
 
@@ -80,7 +87,13 @@ func scsi(t testing.TB) string {
 	testkit.Run(t, "modprobe", "sd_mod")
 	testkit.Run(t, "modprobe", "scsi_debug", "dev_size_mb=32", "delay=0")
 	t.Cleanup(func() { testkit.Run(t, "rmmod", "scsi_debug") })
-	for range 100 {
+	return scsiDisk(t)
+}
+
+// scsiDisk waits for the simulator's one disk.
+func scsiDisk(t testing.TB) string {
+	t.Helper()
+	for range 200 {
 		if found, _ := filepath.Glob("/sys/bus/pseudo/drivers/scsi_debug/adapter*/host*/target*/*/block/sd*"); len(found) == 1 {
 			dev := "/dev/" + filepath.Base(found[0])
 			if err := loop.WaitNode(dev, 5*time.Second); err != nil {
@@ -99,8 +112,13 @@ func mirror(t testing.TB) string {
 	t.Helper()
 	testkit.Run(t, "modprobe", "raid1")
 	a, b := testkit.NewDisk(t, size), testkit.NewDisk(t, size)
+	return arrayOf(t, a.Path, b.Path)
+}
+
+func arrayOf(t testing.TB, disks ...string) string {
+	t.Helper()
 	const dev = "/dev/md77"
-	testkit.Run(t, "mdadm", "--create", dev, "--run", "--force", "--quiet", "--metadata=1.2", "--level=1", "--raid-devices=2", "--assume-clean", a.Path, b.Path)
+	testkit.Run(t, "mdadm", "--create", dev, "--run", "--force", "--quiet", "--metadata=1.2", "--level=1", "--raid-devices=2", "--assume-clean", disks[0], disks[1])
 	t.Cleanup(func() { testkit.Run(t, "mdadm", "--stop", "--quiet", dev) })
 	return dev
 }
@@ -124,8 +142,8 @@ func linear(t testing.TB) string {
 func striped(t testing.TB) string {
 	t.Helper()
 	testkit.Need(t, "dm")
-	a, b := testkit.NewDisk(t, size), testkit.NewDisk(t, size)
-	return table(t, "striped", fmt.Sprintf("0 %d striped 2 16 %s 0 %s 0\n", 2*size/512, a.Path, b.Path))
+	a, b := testkit.NewDisk(t, size/2), testkit.NewDisk(t, size/2)
+	return table(t, "striped", fmt.Sprintf("0 %d striped 2 16 %s 0 %s 0\n", size/512, a.Path, b.Path))
 }
 
 // TestFailedWrites: what a disk refused is a gap, and nothing else is.

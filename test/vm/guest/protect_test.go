@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tidemark/internal/testkit"
+	"tidemark/internal/testkit/program"
 )
 
 // raw is direct access to a disk.
@@ -95,6 +96,18 @@ func (r *raw) content() []byte {
 	return b
 }
 
+// restored is the one disk of group g as it was at a point.
+func restored(t testing.TB, d *program.Daemon, at string) []byte {
+	t.Helper()
+	file := d.Restored("g", "", at)
+	defer os.Remove(file)
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
 func seed(t testing.TB) *mrand.Rand {
 	s := uint64(time.Now().UnixNano())
 	if v, err := strconv.ParseUint(os.Getenv("TIDEMARK_SEED"), 10, 64); err == nil {
@@ -107,13 +120,13 @@ func seed(t testing.TB) *mrand.Rand {
 // TestProtect: the real program, from live writes to a restored disk, on the
 // tops of stacks and on disks that CI's own kernel does not have.
 func TestProtect(t *testing.T) {
-	kinds := map[string]func(testing.TB) string{"virtio": virtio, "partition": partition, "scsi": scsi, "mirror": mirror, "striped": striped}
+	kinds := map[string]func(testing.TB) string{"partition": partition, "scsi": scsi, "nvme": nvme, "mirror": mirror}
 	for name, make := range kinds {
 		t.Run(name, func(t *testing.T) {
 			dev := make(t)
 			disk, rng, buf := openRaw(t, dev), seed(t), aligned(t, 128<<10)
-			d := newDaemon(t)
-			d.run("protect", "--vault", d.vault, "--name", "g", "--wait", dev)
+			d := program.New(t)
+			d.Protect("g", dev)
 			scribbled := func() {
 				t.Helper()
 				if err := disk.scribble(buf, 100, rng); err != nil {
@@ -121,16 +134,16 @@ func TestProtect(t *testing.T) {
 				}
 			}
 			scribbled()
-			d.run("bookmark", "g", "quiet")
+			d.Run("bookmark", "g", "quiet")
 			then := disk.content()
 			scribbled()
-			d.settle("g")
-			disk.same("latest", d.restored("g", "latest"))
-			if !bytes.Equal(then, d.restored("g", "quiet")) {
+			d.Settle("g")
+			disk.same("latest", restored(t, d, "latest"))
+			if !bytes.Equal(then, restored(t, d, "quiet")) {
 				t.Error("the disk at the bookmark is not what it was then")
 			}
-			d.run("verify", "--vault", d.vault)
-			d.run("unprotect", "g")
+			d.Run("verify", "--vault", d.Vault)
+			d.Run("unprotect", "g")
 		})
 	}
 }
@@ -144,8 +157,8 @@ func TestFillUnderLoad(t *testing.T) {
 	fewRequests(t, lower.Path)
 	dev := table(t, "slow", fmt.Sprintf("0 %d delay %s 0 0 %[2]s 0 30\n", size/512, lower.Path))
 	disk, rng := openRaw(t, dev), seed(t)
-	d := newDaemon(t)
-	d.run("protect", "--vault", d.vault, "--name", "g", "--ring-size", "256K", dev) // the first fill is under load too
+	d := program.New(t)
+	d.Run("protect", "--vault", d.Vault, "--name", "g", "--ring-size", "256K", dev) // the first fill is under load too
 
 	var stop atomic.Bool
 	var all sync.WaitGroup
@@ -162,19 +175,19 @@ func TestFillUnderLoad(t *testing.T) {
 		})
 	}
 	time.Sleep(4 * time.Second)
-	d.kill()
+	d.Kill()
 	time.Sleep(2 * time.Second)
-	d.start()
+	d.Start()
 	time.Sleep(4 * time.Second)
 	stop.Store(true)
 	all.Wait()
 	if err := failed.Load(); err != nil {
 		t.Fatal("a write of the protected disk failed: ", *err)
 	}
-	if lost := d.settle("g"); lost == 0 {
+	if g := d.Settle("g"); g.Disks[0].Lost == 0 {
 		t.Error("the ring held everything: this tested nothing")
 	}
-	disk.same("latest", d.restored("g", "latest"))
-	d.run("verify", "--vault", d.vault)
-	d.run("unprotect", "g")
+	disk.same("latest", restored(t, d, "latest"))
+	d.Run("verify", "--vault", d.Vault)
+	d.Run("unprotect", "g")
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"tidemark/internal/testkit"
+	"tidemark/internal/testkit/program"
 )
 
 // TestServed: a mounted file system on a served device sees a pause and no error
@@ -24,15 +25,15 @@ func TestServed(t *testing.T) {
 				t.Logf("modprobe %s: %v: %s", module, err, out)
 			}
 			testkit.Need(t, front)
-			d := newDaemon(t)
-			image := filepath.Join(d.dir, "image")
+			d := program.New(t)
+			image := filepath.Join(d.Dir, "image")
 			if err := os.WriteFile(image, nil, 0o600); err != nil {
 				t.Fatal(err)
 			}
 			if err := os.Truncate(image, 96<<20); err != nil {
 				t.Fatal(err)
 			}
-			node := strings.TrimSpace(d.run("device", "create", "--backing", image, "--front", front, "--name", "data"))
+			node := strings.TrimSpace(d.Run("device", "create", "--backing", image, "--front", front, "--name", "data"))
 			if node != "/dev/tidemark/data" {
 				t.Fatalf("the node is %q", node)
 			}
@@ -52,18 +53,18 @@ func TestServed(t *testing.T) {
 			go func() { ended <- fio.Wait() }()
 			for range 2 {
 				time.Sleep(2 * time.Second)
-				d.kill()
+				d.Kill()
 				time.Sleep(500 * time.Millisecond)
-				d.start()
+				d.Start()
 			}
-			if _, err := d.try("device", "rm", "data"); err == nil {
+			if _, err := d.Verb("device", "rm", "data"); err == nil {
 				t.Error("a mounted device was removed")
 			}
-			if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			if err := syscall.Kill(d.PID(), syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(time.Second)
-			if text := d.run("status"); !strings.Contains(text, "stop-refused") {
+			if text := d.Run("status"); !strings.Contains(text, "stop-refused") {
 				t.Errorf("it was asked to end while a device is mounted, and says nothing of it: %s", text)
 			}
 			select {
@@ -73,21 +74,18 @@ func TestServed(t *testing.T) {
 				}
 			case <-time.After(2 * time.Minute):
 				_ = fio.Process.Kill()
-				t.Fatalf("fio hangs: %s\n%s", out.String(), d.run("device", "ls"))
+				t.Fatalf("fio hangs: %s\n%s", out.String(), d.Run("device", "ls"))
 			}
 			testkit.Run(t, "umount", dir)
 			testkit.Run(t, "e2fsck", "-fn", node)
-			if text := d.run("device", "ls", "--json"); !strings.Contains(text, `"open":false`) {
+			if text := d.Run("device", "ls", "--json"); !strings.Contains(text, `"open":false`) {
 				t.Errorf("devices: %s", text)
 			}
 			// In order: the daemon ends, the device waits, the next daemon has it.
-			if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-				t.Fatal(err)
-			}
-			_ = d.cmd.Wait()
-			d.start()
+			d.Stop()
+			d.Start()
 			testkit.Run(t, "e2fsck", "-fn", node)
-			d.run("device", "rm", "data")
+			d.Run("device", "rm", "data")
 			if _, err := os.Lstat(node); err == nil {
 				t.Errorf("%s is still there", node)
 			}

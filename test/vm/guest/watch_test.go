@@ -52,9 +52,15 @@ func watch(t testing.TB, dev string, ring int) *watched {
 	t.Cleanup(func() { unix.Munmap(w.buf) })
 	_, _ = rand.Read(w.buf)
 	w.copy = w.content()
+	pass := tap.Passthrough{Kind: tap.PassNone}
+	if info.Kind == disk.NVMe {
+		if pass, err = tap.FindPassthrough(tap.PassNVMe); err != nil {
+			t.Fatal(err)
+		}
+	}
 	cfg := tap.Config{Instance: "guest", Group: fmt.Sprintf("g%d", os.Getpid()), RingBytes: ring, Targets: []tap.Target{{
 		Name: info.Name, Whole: info.WholeDev, Start: info.Start, Len: info.Size, DiskSeq: info.DiskSeq, BlockSize: 4096,
-		BioBased: info.BioBased, Pass: tap.Passthrough{Kind: tap.PassNone}}}}
+		BioBased: info.BioBased, Pass: pass}}}
 	if w.tap, err = tap.Start(cfg); err != nil {
 		t.Fatalf("%+v", err)
 	}
