@@ -6,11 +6,14 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"tidemark/internal/testkit"
+	"tidemark/internal/testkit/program"
 )
 
 // TestFill: gaps that are filled while writers overlap what is being read, with
@@ -68,6 +71,55 @@ func TestFill(t *testing.T) {
 	})
 }
 
+// TestFirstCopy: disks are written to everywhere while they are copied for the
+// first time. Most sectors are written once: what a copy hides stays hidden.
+func TestFirstCopy(t *testing.T) {
+	eachSeed(t, func(t *testing.T, rng *rand.Rand) {
+		o := newOrderDisks(t, rng, 8<<10)
+		var crossing []*crossing
+		for i := range o.c.disks {
+			c := newCrossing(t, rng, o.c.disks[i].Name(), i)
+			for range crossingWrites { // something to copy
+				if err := c.write(0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			crossing = append(crossing, c)
+		}
+		o.write(func() {
+			var all sync.WaitGroup
+			var stop atomic.Bool
+			for _, c := range crossing {
+				c.trickle(&all, &stop, o.note)
+			}
+			o.protect("--wait=false", "--fill-rate", "16M")
+			o.d.Await("g", "consistent", func(g *program.Group) bool { return g.Since > 0 && g.State == "protected" })
+			o.counted(30)
+			stop.Store(true)
+			all.Wait()
+		})
+		o.d.Run("verify", "--vault", o.d.Vault, "g", "--live")
+		g := identical(t, o.d, "g")
+		o.everywhere()
+		if all := stretches(t, o.d, "g"); len(all) != 1 || g.Disks[0].Lost+g.Disks[1].Lost > 0 {
+			t.Errorf("stretches %v with room for everything", all)
+		}
+	})
+}
+
+// trickle has every writer write single sectors until it is stopped.
+func (c *crossing) trickle(all *sync.WaitGroup, stop *atomic.Bool, note func(error)) {
+	for w := range c.files {
+		all.Go(func() {
+			for !stop.Load() {
+				first := c.rngs[w].Int64N(crossingBytes / testkit.Sector)
+				note(c.writeSectors(w, first, 1))
+				time.Sleep(time.Millisecond) // so that there is more of the disk than of the writes
+			}
+		})
+	}
+}
+
 // crossing are writers whose writes overlap one another's, as sectors and as
 // the blocks of the maps; never two on the same sector at one time, as those
 // have no order on any disk.
@@ -115,7 +167,10 @@ func (c *crossing) start(all *sync.WaitGroup, note func(error)) {
 func (c *crossing) write(w int) error {
 	n := 1 + c.rngs[w].Int64N(1<<c.rngs[w].IntN(8)) // sectors, more often few
 	n = min(n, crossingMax/testkit.Sector)
-	first := c.rngs[w].Int64N(crossingBytes/testkit.Sector - n + 1)
+	return c.writeSectors(w, c.rngs[w].Int64N(crossingBytes/testkit.Sector-n+1), n)
+}
+
+func (c *crossing) writeSectors(w int, first, n int64) error {
 	seq := c.take(first, first+n)
 	defer c.free(first)
 	off := crossingStart + first*testkit.Sector

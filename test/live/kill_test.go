@@ -1,6 +1,7 @@
 package live
 
 import (
+	"errors"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -8,7 +9,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"tidemark/internal/segment"
 	"tidemark/internal/stream"
 	"tidemark/internal/testkit"
 	"tidemark/internal/testkit/program"
@@ -131,22 +131,27 @@ func online(g *program.Group) bool { return g.State != "offline" }
 // fillsOf counts the bytes of all fills that the history of a group has.
 func fillsOf(t testing.TB, d *program.Daemon, group string) (n int64) {
 	t.Helper()
-	eachFill(t, d, group, func(e *segment.Entry) { n += e.Range.Len })
+	eachRecord(t, d, group, func(r *stream.Record) {
+		if r.Kind == stream.KindFill {
+			n += r.Range.Len
+		}
+	})
 	return n
 }
 
 // copiedOf counts the bytes of those that carry data from the disk.
 func copiedOf(t testing.TB, d *program.Daemon, group string) (n int64) {
 	t.Helper()
-	eachFill(t, d, group, func(e *segment.Entry) {
-		if e.Fill == stream.FillData {
-			n += e.Range.Len
+	eachRecord(t, d, group, func(r *stream.Record) {
+		if r.Kind == stream.KindFill && r.Fill == stream.FillData {
+			n += r.Range.Len
 		}
 	})
 	return n
 }
 
-func eachFill(t testing.TB, d *program.Daemon, group string, do func(e *segment.Entry)) {
+// eachRecord goes through all that a vault has of a group, in its order.
+func eachRecord(t testing.TB, d *program.Daemon, group string, do func(*stream.Record)) {
 	t.Helper()
 	v, err := vault.Open(t.Context(), d.Vault)
 	if err != nil {
@@ -161,12 +166,10 @@ func eachFill(t testing.TB, d *program.Daemon, group string, do func(e *segment.
 		if err != nil {
 			t.Fatal(err)
 		}
-		for i := range o.Len() {
-			if e := o.Entry(i); e.Kind == stream.KindFill {
-				do(&e)
-			}
+		err = o.Records(func(r *stream.Record) error { do(r); return nil })
+		if err := errors.Join(err, o.Close()); err != nil {
+			t.Fatal(err)
 		}
-		o.Close()
 	}
 }
 

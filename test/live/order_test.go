@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tidemark/internal/stream"
 	"tidemark/internal/testkit"
 	"tidemark/internal/testkit/program"
 )
@@ -104,20 +105,34 @@ type order struct {
 
 // newOrder protects the two disks. One write of noise has noiseMax bytes at most.
 func newOrder(t *testing.T, rng *rand.Rand, noiseMax int, args ...string) *order {
+	o := newOrderDisks(t, rng, noiseMax)
+	o.protect("--wait", args...)
+	return o
+}
+
+// newOrderDisks makes the disks, and a daemon that does not know them yet.
+func newOrderDisks(t *testing.T, rng *rand.Rand, noiseMax int) *order {
 	testkit.Need(t, "root", "tap", "loop")
 	o := &order{t: t, rng: rng, c: &counter{seed: rng.Uint64(), buf: aligned(t, slotBytes)}, noiseMax: noiseMax}
-	var paths []string
 	for i := range o.c.disks {
 		path := testkit.NewDisk(t, orderDisk).Path
 		fewRequests(t, path)
 		o.c.disks[i] = open(t, path, unix.O_DIRECT)
 		o.noise = append(o.noise, noise{open(t, path, unix.O_DIRECT), noiseStart, noiseMiddle}, noise{open(t, path, 0), noiseMiddle, noiseEnd})
-		paths = append(paths, path)
 	}
 	o.d = program.New(t)
-	o.d.Protect("g", append(args, paths...)...)
-	o.names = diskNames(o.d.Group("g"))
 	return o
+}
+
+// protect makes the disks group g.
+func (o *order) protect(wait string, args ...string) {
+	o.t.Helper()
+	all := append([]string{"protect", "--vault", o.d.Vault, "--name", "g", wait}, args...)
+	for _, f := range o.c.disks {
+		all = append(all, f.Name())
+	}
+	o.d.Run(all...)
+	o.names = diskNames(o.d.Group("g"))
 }
 
 // write lets counter and noise run while do runs. What the page cache has kept
@@ -254,6 +269,35 @@ func (o *order) everywhere() {
 			o.t.Errorf("stretch %d begins at %d, the one before ends at %d", i+1, s.first, before)
 		}
 		before = s.last
+	}
+	o.alternates(all)
+}
+
+// alternates holds the counter's records to the order in which it wrote, at
+// every position of every stretch: A, B, A, B, with no number left out.
+func (o *order) alternates(all []stretch) {
+	o.t.Helper()
+	disk, number := -1, uint64(0) // the write before, if it lies in the same stretch
+	checked := 0
+	eachRecord(o.t, o.d, "g", func(r *stream.Record) {
+		if r.Kind != stream.KindWrite || r.Range.Off >= noiseStart {
+			return
+		}
+		for len(all) > 0 && r.Position > stream.Position(all[0].last) {
+			all, disk = all[1:], -1
+		}
+		if len(all) == 0 || r.Position < stream.Position(all[0].first) {
+			return
+		}
+		n := binary.LittleEndian.Uint64(r.Payload[24:])
+		if disk == 0 && (r.Disk != 1 || n != number) || disk == 1 && (r.Disk != 0 || n != number+1) {
+			o.t.Errorf("position %d has number %d on disk %d, after number %d on disk %d", r.Position, n, r.Disk, number, disk)
+		}
+		disk, number = r.Disk, n
+		checked++
+	})
+	if checked == 0 {
+		o.t.Error("no write of the counter is in any stretch")
 	}
 }
 
