@@ -39,7 +39,7 @@ func contextsOf(e Export) []metaContext {
 // asked says whether a client's query names a context. When it only asks what
 // there is, the beginning up to a colon stands for all that begin so.
 func asked(query, name string, list bool) bool {
-	return query == name || list && strings.HasSuffix(query, ":") && strings.HasPrefix(name, query) && len(query) < len(name)
+	return query == name || list && strings.HasSuffix(query, ":") && strings.HasPrefix(name, query)
 }
 
 // meta answers NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.

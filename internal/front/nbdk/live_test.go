@@ -142,7 +142,7 @@ func start(t *testing.T, image string, env ...string) *server {
 func launch(t *testing.T, image string, env ...string) *server {
 	t.Helper()
 	s := &server{t: t, cmd: exec.Command(os.Args[0]), lines: make(chan string, 10)}
-	s.cmd.Env = append(append(os.Environ(), "TIDEMARK_NBDK="+image, "TIDEMARK_NBDK_WAIT=5m"), env...)
+	s.cmd.Env = append(append(os.Environ(), "TIDEMARK_NBDK="+image, "TIDEMARK_NBDK_WAIT=1m"), env...)
 	s.cmd.Stderr = os.Stderr
 	in, err := s.cmd.StdinPipe()
 	if err != nil {

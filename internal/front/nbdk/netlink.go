@@ -79,14 +79,14 @@ func send(ctx context.Context, what uint8, c command) (index int, err error) {
 	}
 	replies, err := conn.Execute(genetlink.Message{Header: genetlink.Header{Command: what, Version: nbd.FamilyVersion}, Data: attrs},
 		family.ID, netlink.Request|netlink.Acknowledge)
-	if err != nil {
-		return 0, err
+	if err != nil || what != nbd.GenlConnect {
+		return -1, err // there is nothing else in the acknowledgement
 	}
-	return reply(replies)
+	return number(replies)
 }
 
-// reply finds the device's number among what the kernel answered; -1 where it said none.
-func reply(replies []genetlink.Message) (index int, err error) {
+// number finds the device's number among what the kernel answered; -1 where it said none.
+func number(replies []genetlink.Message) (index int, err error) {
 	for _, m := range replies {
 		d, err := netlink.NewAttributeDecoder(m.Data)
 		if err != nil {
