@@ -30,8 +30,9 @@ type order struct {
 	Config  Config
 	Plain   bool
 	Logical int64
-	Die     bool  // between the beginning and the end of a recovery
-	Bad     int64 // reads and writes of this place fail; -1: none
+	Die     bool   // between the beginning and the end of a recovery
+	Bad     int64  // reads and writes of this place fail; -1: none
+	Hold    string // while there is such a file, reads wait
 }
 
 const timeout = 90 * time.Second // emulation is slow
@@ -93,6 +94,10 @@ func obey(ctx context.Context, s *Server, dev *fileDevice) error {
 		switch {
 		case word == "leave":
 			err = s.Leave(ctx)
+		case word == "leave soon":
+			soon, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+			err = s.Leave(soon)
+			cancel()
 		case word == "delete":
 			err = s.Delete(ctx)
 		case strings.HasPrefix(word, "resize "):
@@ -193,6 +198,12 @@ func (d *fileDevice) bad(p []byte, off int64) error {
 
 func (d *fileDevice) ReadAt(p []byte, off int64) (int, error) {
 	defer d.enter(reads)()
+	for d.o.Hold != "" {
+		if _, err := os.Stat(d.o.Hold); err != nil {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
 	if err := d.bad(p, off); err != nil {
 		return 0, err
 	}

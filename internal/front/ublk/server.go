@@ -33,7 +33,8 @@ type Server struct {
 	ended   chan struct{} // closed when all queues have ended; then failed is theirs
 	failed  error
 	left    atomic.Bool
-	closing sync.Once
+	closing sync.Mutex
+	closed  bool // under closing
 }
 
 // Add makes a device that shows dev, and serves it until Delete or Leave. On any
@@ -321,26 +322,31 @@ func (s *Server) wait(ctx context.Context) error {
 	}
 }
 
-// stop ends the queues, where they run, and lets go of the character device,
-// once. Where a request does not end it leaves all to it.
-func (s *Server) stop(ctx context.Context) (err error) {
-	s.closing.Do(func() {
-		if s.serving {
-			for _, q := range s.queues {
-				q.setLeave()
-			}
-			if err = s.wait(ctx); err != nil {
-				return
-			}
-		}
+// stop ends the queues, where they run, and lets go of the character device.
+// Where a request does not end in time all stays for another attempt.
+func (s *Server) stop(ctx context.Context) error {
+	s.closing.Lock()
+	defer s.closing.Unlock()
+	if s.closed {
+		return nil
+	}
+	if s.serving {
 		for _, q := range s.queues {
-			err = errors.Join(err, q.free())
+			q.setLeave()
 		}
-		if s.fd >= 0 {
-			err = errors.Join(err, unix.Close(s.fd))
+		if err := s.wait(ctx); err != nil {
+			return err
 		}
-	})
-	return err
+	}
+	s.closed = true
+	var errs []error
+	for _, q := range s.queues {
+		errs = append(errs, q.free())
+	}
+	if s.fd >= 0 {
+		errs = append(errs, unix.Close(s.fd))
+	}
+	return errors.Join(errs...)
 }
 
 // Delete removes the device, and does not wait for those who have it open: they

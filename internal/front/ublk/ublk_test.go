@@ -245,6 +245,43 @@ func TestLeave(t *testing.T) {
 	}
 }
 
+// TestHeld: a request that does not end keeps the server from leaving, for as
+// long as it is told to wait, and keeps no other request.
+func TestHeld(t *testing.T) {
+	s := add(t, 8<<20, func(o *order) { o.Hold = filepath.Join(t.TempDir(), "hold") })
+	f := s.open()
+	if err := os.WriteFile(s.order.Hold, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := memory(t, 4096)
+	done := make(chan error, 1)
+	before := s.count[now].Load()
+	go func() { _, err := f.ReadAt(p, 0); done <- err }()
+	for s.count[now].Load() == before {
+		time.Sleep(time.Millisecond)
+	}
+	if _, err := f.WriteAt(memory(t, 4096), 4096); err != nil {
+		t.Error(err)
+	}
+	if answer := s.say("leave soon"); !strings.Contains(answer, "has not ended") {
+		t.Error(answer)
+	}
+	select {
+	case err := <-done:
+		t.Errorf("the read that was held ended: %v", err)
+	default:
+	}
+	if err := os.Remove(s.order.Hold); err != nil {
+		t.Fatal(err)
+	}
+	s.must("leave")
+	s.kill()
+	s.start()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 // TestRefusals: a device is recovered by one that has what it shows, and only
 // once its server is gone.
 func TestRefusals(t *testing.T) {
