@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -233,6 +234,9 @@ func TestLostAndMixedUp(t *testing.T) {
 		v.put(name, append(bytes.Clone(good), 0))
 		check(name + " lengthened")
 		v.remove(name)
+		if damage, _ := v.verify(name); !slices.ContainsFunc(damage, func(d Damage) bool { return strings.Contains(d.Detail, "missing") }) {
+			t.Errorf("%s removed: verify says %v", name, damage)
+		}
 		check(name + " removed")
 		next := names[(i+1)%len(names)]
 		v.put(name, v.files[next])

@@ -2,6 +2,7 @@ package timeline
 
 import (
 	"errors"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -253,5 +254,27 @@ func TestOpeningReadsNoData(t *testing.T) {
 	defer v.Close()
 	if _, err := v.ReadAt(make([]byte, 512), 0); !errors.Is(err, segment.ErrDamaged) {
 		t.Errorf("reading: %v", err)
+	}
+}
+
+// TestOnlyTheDamagedFrame: of the records of a segment only those are named
+// whose payload lies in the damaged frame.
+func TestOnlyTheDamagedFrame(t *testing.T) {
+	old := sizes
+	sizes[0] = 192 << 10
+	defer func() { sizes = old }()
+	s := &story{r: rand.New(rand.NewPCG(1, 7))}
+	whole := block.Range{Len: sizes[0]}
+	s.out = append(s.out, gapOf(1, block.DiskRange{Range: whole}), zeroFill(0, 1, 1, whole), settledAt(1))
+	for p := range stream.Position(3) {
+		r := writeOf(2+p, 0)
+		r.Range = block.Range{Off: int64(p) * segment.FrameSize, Len: segment.FrameSize}
+		r.Payload = s.payload(segment.FrameSize)
+		s.out = append(s.out, r)
+	}
+	w := keep(t, s, 1, 1<<30) // one segment
+	spoilPayload(t, w, 1)
+	if got := found(t, w); !strings.Contains(got, "disk a, bytes 131072+65536") || !strings.Contains(got, "from seq:4 to seq:4") || strings.Contains(got, "\n") {
+		t.Errorf("found: %s", got)
 	}
 }
