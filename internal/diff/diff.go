@@ -20,13 +20,15 @@ package diff
 
 import (
 	"errors"
+	"fmt"
+	"syscall"
 
 	"tidemark/internal/block"
 )
 
 // Errors that callers branch on.
 var (
-	ErrFull    = errors.New("difference storage is full")
+	ErrFull    = fmt.Errorf("difference storage is full: %w", syscall.ENOSPC)
 	ErrCorrupt = errors.New("difference storage is damaged")
 	ErrRefused = errors.New("not fit for difference storage")
 	ErrSpoiled = errors.New("the snapshot is spoiled")

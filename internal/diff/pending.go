@@ -188,3 +188,6 @@ func (p *Pending) Close() error {
 	p.workers.Wait()
 	return unix.Munmap(p.memory)
 }
+
+// For names the slot that the buffer will be stored in.
+func (b *Buffer) For(slot Slot) { b.slot = slot }

@@ -291,6 +291,24 @@ func (n Next) Do(r *Request) error {
 	return err
 }
 
+// Wait waits until done is closed by whoever has a request of the filter's under
+// way below: as that, it does not count as keeping the request. ErrExpelled: the
+// filter was taken out meanwhile.
+func (n Next) Wait(done <-chan struct{}) error {
+	f := n.f
+	a := f.owner.Load()
+	if _, err := f.enterBelow(n.gen, nil); err != nil {
+		return err
+	}
+	defer f.leaveBelow(false, nil)
+	select {
+	case <-done:
+		return nil
+	case <-a.gone:
+		return ErrExpelled
+	}
+}
+
 // Read fills p from off.
 func (n Next) Read(p []byte, off int64) error {
 	return n.Do(&Request{Op: block.OpRead, Range: block.Range{Off: off, Len: int64(len(p))}, Data: p})
