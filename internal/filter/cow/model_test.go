@@ -2,7 +2,6 @@ package cow_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -16,7 +15,6 @@ import (
 
 	"tidemark/internal/block"
 	"tidemark/internal/diff"
-	"tidemark/internal/filter/barrier"
 	"tidemark/internal/filter/cow"
 	"tidemark/internal/health"
 	"tidemark/internal/sim"
@@ -36,7 +34,7 @@ func seeds(n int) uint64 {
 type device struct {
 	disk    *sim.Disk
 	stack   *stack.Stack
-	barrier *barrier.Filter
+	gate    *gate
 	cow     *cow.Filter
 	used    int64 // what lies behind is for difference storage
 
@@ -64,7 +62,8 @@ func newBench(t *testing.T, n int, used, spare int64) *bench {
 		if d.stack, err = b.system.Add(fmt.Sprint("d", i), d.disk); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := d.stack.Attach(barrier.Name, barrier.Altitude, barrier.Driver(func(f *barrier.Filter) { d.barrier = f })); err != nil {
+		d.gate = &gate{}
+		if _, err := d.stack.Attach("gate", 400, stack.DriverFunc(func(*stack.Below) (stack.Filter, error) { return d.gate, nil })); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := d.stack.Attach(cow.Name, cow.Altitude, cow.Driver(func(f *cow.Filter) { d.cow = f })); err != nil {
@@ -98,15 +97,10 @@ func (b *bench) take(cfg diff.Config, buffers int, space diff.Space) *snap {
 	if n.pending, err = diff.NewPending(n.storage, buffers, nil); err != nil {
 		b.t.Fatal(err)
 	}
-	var barriers []*barrier.Filter
 	for i, d := range b.devices {
 		n.images = append(n.images, cow.New(d.cow, cow.Config{Device: uint32(i), Storage: n.storage, Pending: n.pending, Patience: 8 * time.Second,
 			Notify: func(diff.Event) { n.spoiled.Add(1) }}))
-		barriers = append(barriers, d.barrier)
-	}
-	up, err := barrier.Raise(context.Background(), time.Minute, barriers...)
-	if err != nil {
-		b.t.Fatal(err)
+		d.gate.mu.Lock() // all of them, before any begins
 	}
 	for i, d := range b.devices {
 		d.cow.Begin(n.images[i])
@@ -114,8 +108,8 @@ func (b *bench) take(cfg diff.Config, buffers int, space diff.Space) *snap {
 		n.want = append(n.want, bytes.Clone(d.shadow))
 		d.mu.Unlock()
 	}
-	if err := up.Release(); err != nil {
-		b.t.Fatal(err)
+	for _, d := range b.devices {
+		d.gate.mu.Unlock()
 	}
 	return n
 }
@@ -154,7 +148,20 @@ func (d *device) write(t *testing.T, rng *rand.Rand, off, span int64) {
 	}
 }
 
-// shadowing is a filter right below the barrier that keeps the shadow.
+// gate is a barrier in its simplest form.
+type gate struct{ mu sync.RWMutex }
+
+func (g *gate) Handle(r *stack.Request, next stack.Next) error {
+	if r.Writes() {
+		g.mu.RLock()
+		defer g.mu.RUnlock()
+	}
+	return next.Do(r)
+}
+func (g *gate) Spoil(error) string  { return "the test" }
+func (g *gate) Detach(stack.Reason) {}
+
+// shadowing is a filter right below the gate that keeps the shadow.
 type shadowing struct{ d *device }
 
 func (f shadowing) Handle(r *stack.Request, next stack.Next) error {
