@@ -127,8 +127,10 @@ func (s *session) glance(i int) error {
 
 // lose ends the session because a disk is not there any more as it was. It may
 // come back, to the very same tap, with another content: the history says first
-// that nothing is known of the disks from here on.
+// that nothing is known of the disks from here on, and takes back what it can of
+// the time since the last look.
 func (s *session) lose(why error) error {
+	s.rewind()
 	err := s.openGap(stream.CauseTerritory, s.everything(), s.seenDrops)
 	if err != nil || s.full { // it is not in the spool: a new tap will have to say it
 		s.forsaken = true
