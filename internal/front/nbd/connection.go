@@ -167,9 +167,10 @@ func (l *link) flush(batch net.Buffers) error {
 	}
 	l.writing(stallTime)
 	var err error
-	if l.rw == l.raw {
-		_, err = batch.WriteTo(l.raw)
-	} else { // TLS makes a record of each write
+	switch l.rw.(type) {
+	case *net.UnixConn, *net.TCPConn: // one system call
+		_, err = batch.WriteTo(l.rw)
+	default: // TLS makes a record of each write
 		w := bufio.NewWriterSize(l.rw, 16<<10)
 		_, err = batch.WriteTo(w)
 		err = errors.Join(err, w.Flush())

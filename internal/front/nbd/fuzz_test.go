@@ -39,7 +39,7 @@ func converse(t *testing.T, in []byte, begin func(*Server, net.Conn), read func(
 	}
 	client.Close()
 	<-served
-	if n := s.count(); n != 0 {
+	if n := s.Clients(); n != 0 {
 		t.Errorf("%d connections are left", n)
 	}
 	if s.init(); !s.memory.TryAcquire(serverMemory) {

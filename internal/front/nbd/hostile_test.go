@@ -268,7 +268,7 @@ func TestClientsThatWait(t *testing.T) {
 					c.send(o.say)
 					time.Sleep(handshakeTime + time.Second)
 					synctest.Wait()
-					if n := s.count(); n != 0 {
+					if n := s.Clients(); n != 0 {
 						t.Errorf("%d connections", n)
 					}
 				} else {
@@ -297,13 +297,6 @@ func TestClientsThatWait(t *testing.T) {
 	}
 }
 
-// count is how many connections there are.
-func (s *Server) count() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.connections)
-}
-
 // TestSlowReader: a reader that takes a little at a time is served to the end;
 // one that stops is cut off and gives back what it held, and others are served in the meantime.
 func TestSlowReader(t *testing.T) {
@@ -328,7 +321,7 @@ func TestSlowReader(t *testing.T) {
 			slow.recv(stallBytes)
 			other.works()
 		}
-		if n := s.count(); n != 2 {
+		if n := s.Clients(); n != 2 {
 			t.Errorf("%d connections; the one that stopped should be gone", n)
 		}
 		slow.conn.Close()

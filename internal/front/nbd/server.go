@@ -235,18 +235,29 @@ func transient(err error) bool {
 	return false
 }
 
-// connection makes one more, to be served; nil where there are too many of strangers.
-func (s *Server) connection(ctx context.Context, conn net.Conn, stranger bool) *connection {
-	s.init()
+// Clients is how many connections there are, but for those of ServeConn.
+func (s *Server) Clients() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	n := 0
+	return s.strangers()
+}
+
+// strangers is Clients with the lock held.
+func (s *Server) strangers() (n int) {
 	for c := range s.connections {
 		if c.stranger {
 			n++
 		}
 	}
-	if stranger && n >= connectionMax {
+	return n
+}
+
+// connection makes one more, to be served; nil where there are too many of strangers.
+func (s *Server) connection(ctx context.Context, conn net.Conn, stranger bool) *connection {
+	s.init()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if stranger && s.strangers() >= connectionMax {
 		return nil
 	}
 	c := newConnection(ctx, s, conn)

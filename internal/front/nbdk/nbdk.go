@@ -25,6 +25,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/mdlayher/genetlink"
+
 	abi "tidemark/internal/abi/nbd"
 	"tidemark/internal/front/nbd"
 )
@@ -257,6 +259,17 @@ func detach(ctx context.Context, index int) error {
 		return fmt.Errorf("detaching %s: %w", path, err)
 	}
 	return nil
+}
+
+// Probe says whether the kernel can do it at all; ErrNoKernel: it cannot.
+func Probe() error {
+	conn, err := genetlink.Dial(nil)
+	if err != nil {
+		return fmt.Errorf("generic netlink: %w", err)
+	}
+	defer conn.Close()
+	_, err = family(conn)
+	return err
 }
 
 // Found is a device that the kernel has.

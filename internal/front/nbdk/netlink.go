@@ -69,20 +69,25 @@ func send(ctx context.Context, what uint8, c command) (index int, err error) {
 	if deadline, ok := ctx.Deadline(); ok {
 		err = conn.SetDeadline(deadline)
 	}
-	family, ferr := conn.GetFamily(nbd.Family)
-	if errors.Is(ferr, os.ErrNotExist) {
-		return 0, ErrNoKernel
-	}
+	id, ferr := family(conn)
 	attrs, aerr := c.attributes()
 	if err := errors.Join(err, ferr, aerr); err != nil {
 		return 0, err
 	}
 	replies, err := conn.Execute(genetlink.Message{Header: genetlink.Header{Command: what, Version: nbd.FamilyVersion}, Data: attrs},
-		family.ID, netlink.Request|netlink.Acknowledge)
+		id, netlink.Request|netlink.Acknowledge)
 	if err != nil || what != nbd.GenlConnect {
 		return -1, err // there is nothing else in the acknowledgement
 	}
 	return number(replies)
+}
+
+func family(conn *genetlink.Conn) (id uint16, err error) {
+	f, err := conn.GetFamily(nbd.Family)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, ErrNoKernel
+	}
+	return f.ID, err
 }
 
 // number finds the device's number among what the kernel answered; -1 where it said none.

@@ -116,6 +116,9 @@ func TestRefused(t *testing.T) {
 		t.Errorf("nothing to forget: %v", err)
 	}
 	if _, err := os.Stat("/sys/module/nbd"); err != nil && os.Geteuid() == 0 {
+		if err := Probe(); !errors.Is(err, ErrNoKernel) {
+			t.Errorf("no such thing in this kernel: %v", err)
+		}
 		if _, err := Attach(t.Context(), s, "even", Options{Identity: "x", Wait: time.Second}); !errors.Is(err, ErrNoKernel) {
 			t.Errorf("no such thing in this kernel: %v", err)
 		}
