@@ -26,13 +26,7 @@ type nbdKernelServed struct {
 
 func (nbdFront) identity(spec Spec) string { return "tidemark-" + spec.ID }
 
-func (nbdFront) probe() error {
-	_, err := nbdk.Find("tidemark-probe")
-	if errors.Is(err, nbdk.ErrNotFound) {
-		return nil
-	}
-	return err
-}
+func (nbdFront) probe() error { return nbdk.Probe() }
 
 func (f nbdFront) serve(ctx context.Context, spec Spec, dev shown, _ json.RawMessage) (served, error) {
 	server := &nbd.Server{Log: f.log}
