@@ -75,7 +75,16 @@ func diagnose(args []string, places doctor.Places) (d diagnosis, err error) {
 		return d, err
 	}
 	d.Fixes, err = doctor.Fixes(places)
+	d.Pins, d.Locks, d.Fixes = list(d.Pins), list(d.Locks), list(d.Fixes)
 	return d, err
+}
+
+// list makes an empty list of none: in JSON it is one too.
+func list[T any](s []T) []T {
+	if s == nil {
+		return []T{}
+	}
+	return s
 }
 
 func printDiagnosis(out io.Writer, d diagnosis, fixed bool) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -31,7 +32,7 @@ func TestScript(t *testing.T) {
 
 // TestLive runs it on disks, with a daemon of each script's own.
 func TestLive(t *testing.T) {
-	testkit.Need(t, "root", "tap", "loop")
+	testkit.Need(t, "root", "tap", "loop", "fuse", "ext4")
 	bin := filepath.Join(t.TempDir(), "tidemark")
 	if err := os.Symlink(program.Binary(t), bin); err != nil {
 		t.Fatal(err)
@@ -72,6 +73,7 @@ func scriptCommands(t *testing.T) map[string]func(*testscript.TestScript, bool, 
 		"await":  await,
 		"mode":   mode,
 		"expand": expand,
+		"fields": fields,
 		"term": func(ts *testscript.TestScript, _ bool, _ []string) { // as systemd ends a service
 			for _, c := range ts.BackgroundCmds() {
 				ts.Check(c.Process.Signal(syscall.SIGTERM))
@@ -104,9 +106,9 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// await COMMAND...: the command succeeds within 20 seconds, the daemon's bound.
+// await COMMAND...: the command succeeds in the end; the bound is for machines that are busy.
 func await(ts *testscript.TestScript, _ bool, args []string) {
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		err := ts.Exec(args[0], args[1:]...)
 		if err == nil {
 			return
@@ -131,6 +133,30 @@ func expand(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[1])
 	ts.Check(err)
 	ts.Setenv(args[0], strings.Repeat(args[2], n))
+}
+
+// fields PATH NAME...: the JSON on standard output has these fields below PATH
+// (.groups.disks; of an array its first element), and no null among them. Others may be added.
+func fields(ts *testscript.TestScript, neg bool, args []string) {
+	var at any
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &at))
+	for _, step := range append(strings.Split(args[0], ".")[1:], "") {
+		if list, ok := at.([]any); ok && len(list) > 0 {
+			at = list[0]
+		}
+		if object, ok := at.(map[string]any); ok && step != "" {
+			at = object[step]
+		}
+	}
+	object, ok := at.(map[string]any)
+	if !ok || neg {
+		ts.Fatalf("%s is %v, not an object", args[0], at)
+	}
+	for _, name := range args[1:] {
+		if object[name] == nil {
+			ts.Fatalf("%s has no field %s: %v", args[0], name, object)
+		}
+	}
 }
 
 // TestEveryVerbHasExamples: --help shows how each verb is used, and the examples are of that verb.

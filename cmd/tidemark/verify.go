@@ -29,7 +29,7 @@ daemon also compares the vault with the disks themselves.`,
 		if err != nil {
 			return err
 		}
-		var reports []timeline.Report
+		reports := []timeline.Report{}
 		bad := 0
 		for _, g := range groups {
 			bar := newProgress(cmd.ErrOrStderr(), "verifying "+g, asJSON)
@@ -38,10 +38,11 @@ daemon also compares the vault with the disks themselves.`,
 			if err != nil {
 				return err
 			}
+			r.Damage = list(r.Damage)
 			reports = append(reports, r)
 			bad += len(r.Damage)
 		}
-		var disks []api.LiveDisk
+		disks := []api.LiveDisk{}
 		if live {
 			for _, g := range groups {
 				d, err := dial(socketFlagOf(cmd)).VerifyLive(cmd.Context(), g)
