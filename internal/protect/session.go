@@ -77,7 +77,7 @@ type session struct {
 	lastPeek   time.Time
 	lastScan   time.Time
 	lastWatch  time.Time
-	quietScans int
+	stillLooks int // of watch, in a row, in which nothing was written or on its way
 	watched    watched
 	untold     untold
 	resized    string // name of a disk that the kernel said has another size
@@ -274,35 +274,22 @@ func (s *session) settle() error {
 	s.mode.apply(evSettled)
 	s.filler.settle()
 	s.readable()
-	s.quietScans = 0
 	s.urgent = true
 	s.log.Info("consistent", "group", s.cfg.Name, "since", uint64(from))
 	return nil
 }
 
-// endsOff stops tracking bios in flight when those that are older than the
-// tracking must have ended: the disks were seen idle, with nothing in the map,
-// twice and a second apart. In doubt it stays on, which costs time and nothing else.
+// endsOff stops tracking bios in flight when all that are older than the
+// tracking are known to have ended, whatever the load. In doubt it stays on,
+// which costs time and nothing else.
 func (s *session) endsOff() error {
 	if !s.tap.Ends() || time.Since(s.lastScan) < watchEach {
 		return nil
 	}
 	s.lastScan = time.Now()
 	scan, err := s.tap.ScanInFlight()
-	if err != nil {
+	if err != nil || !scan.OldKnownEnded {
 		return err
-	}
-	idle := scan.InFlight == 0
-	for _, d := range s.disks {
-		r, w, err := disk.InFlight(d)
-		idle = idle && err == nil && r+w == 0
-	}
-	if !idle {
-		s.quietScans = 0
-		return nil
-	}
-	if s.quietScans++; s.quietScans < 2 {
-		return nil
 	}
 	if err := s.tap.SetEnds(false); err != nil {
 		return err

@@ -166,7 +166,10 @@ func (s *session) told(e disk.Uevent) {
 // traced. The difference is noted while the disks are known to be settled; when
 // it has grown since, bytes were written that nobody traced.
 func (s *session) crossCheck(now *watched, ended []int64) string {
-	if !s.gapOpen && s.quietScans >= 2 && now.excess == nil && s.still(now.counters) {
+	if s.stillLooks++; s.gapOpen || !s.still(now.counters) {
+		s.stillLooks = 0
+	}
+	if s.stillLooks >= 2 && now.excess == nil {
 		now.excess = make([]int64, len(ended))
 		for i := range ended {
 			now.excess[i] = ended[i] - int64(now.counters.Disks[i].Traced)

@@ -36,9 +36,10 @@ func (t *Tap) ScanInFlight() (Scan, error) {
 	var cursor ebpf.MapBatchCursor
 	for {
 		n, err := m.BatchLookup(&cursor, keys, values, nil)
-		for _, f := range values[:n] {
+		for i, f := range values[:n] {
 			byWhole[f.Whole]++
 			t.add(&s, f)
+			t.aging.see(keys[i], f)
 		}
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
 			break
@@ -48,7 +49,7 @@ func (t *Tap) ScanInFlight() (Scan, error) {
 		}
 	}
 	s.OldKnownEnded = t.oldKnownEnded(byWhole)
-	return s, nil
+	return s, t.forgetStale()
 }
 
 // ForgetInFlight empties the map of bios in flight, but for disks whose bios are
@@ -60,35 +61,40 @@ func (t *Tap) ForgetInFlight() error {
 	for _, target := range t.targets {
 		always[target.Whole] = always[target.Whole] || target.BioBased
 	}
-	type entry struct {
-		key uint64
-		f   flight
-	}
 	var key uint64
 	var f flight
-	var stale []entry
+	var stale []uint64
 	it := t.maps["inflight"].Iterate()
 	for it.Next(&key, &f) {
 		if !always[f.Whole] {
-			stale = append(stale, entry{key, f})
+			stale = append(stale, key)
 		}
 	}
 	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
 		return fmt.Errorf("reading the bios in flight: %w", err)
 	}
-	for _, e := range stale {
-		switch err := t.maps["inflight"].Delete(e.key); {
-		case errors.Is(err, ebpf.ErrKeyNotExist):
-		case err != nil:
-			return fmt.Errorf("forgetting a bio in flight: %w", err)
-		case e.f.Left > 0: // from now on it counts as never tracked
-			if n := t.countsOf(e.f.Whole); n != nil {
-				atomic.AddUint64(&n.Tracked, -uint64(e.f.Left))
-			}
+	for _, key := range stale {
+		if _, _, err := t.forget(key); err != nil {
+			return err
 		}
 	}
 	atomic.CompareAndSwapUint32(&t.state.Ends, endsDrain, endsOff)
 	return nil
+}
+
+// forget takes one bio out of the map. From now on it counts as never tracked.
+func (t *Tap) forget(key uint64) (f flight, was bool, err error) {
+	err = t.maps["inflight"].LookupAndDelete(key, &f)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return f, false, nil
+	}
+	if err != nil {
+		return f, false, fmt.Errorf("forgetting a bio in flight: %w", err)
+	}
+	if n := t.countsOf(f.Whole); n != nil && f.Left > 0 {
+		atomic.AddUint64(&n.Tracked, -uint64(f.Left))
+	}
+	return f, true, nil
 }
 
 func (t *Tap) add(s *Scan, f flight) {

@@ -112,6 +112,7 @@ type Tap struct {
 	base      []offsets
 	mappings  [][]byte
 	rest      rest
+	aging     aging
 
 	ring     []byte // data, mapped twice in a row
 	ringSize uint64
