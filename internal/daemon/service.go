@@ -204,6 +204,7 @@ func coded(err error) error {
 		{disk.ErrNotBlock, api.CodeRefused, "Name a block device."},
 		{vault.ErrNotVault, api.CodeNotAVault, ""},
 		{segment.ErrDamaged, api.CodeDamaged, "tidemark verify tells what is damaged."},
+		{tap.ErrConfig, api.CodeUsage, ""},
 		{tap.ErrKernel, api.CodeRefused, "tidemark doctor says what is missing."},
 		{tap.ErrLayout, api.CodeRefused, ""},
 		{tap.ErrExists, api.CodeInUse, "tidemark doctor says whose it is."},

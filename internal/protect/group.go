@@ -58,12 +58,19 @@ func Create(ctx context.Context, env *Env, r Request, others []*Config) (*Group,
 	if err != nil {
 		return nil, err
 	}
-	if err := cfg.join(ctx, v); err != nil {
-		return nil, err
-	}
 	dir := env.dir(cfg.Name)
 	if _, err := os.Stat(filepath.Join(dir, configName)); err == nil {
 		return nil, fmt.Errorf("group %s: %w", cfg.Name, ErrExists)
+	}
+	goesOn, err := cfg.join(ctx, v)
+	if err == nil {
+		err = cfg.claim(ctx, env, v, others)
+	}
+	if err == nil && !goesOn {
+		err = clearLeftovers(env, cfg.Name)
+	}
+	if err != nil {
+		return nil, err
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -72,7 +79,7 @@ func Create(ctx context.Context, env *Env, r Request, others []*Config) (*Group,
 	s, err := assemble(ctx, env, cfg, &g.health)
 	if err == nil {
 		if err = cfg.save(dir); err != nil {
-			err = errors.Join(err, s.tap.Remove(), s.spool.Close(), s.lock.Unlock())
+			err = errors.Join(err, s.close())
 		}
 	}
 	if err != nil {
@@ -103,17 +110,18 @@ func configure(env *Env, r Request, others []*Config) (*Config, error) {
 	if _, err := rand.Read(cfg.ID[:]); err != nil {
 		return nil, err
 	}
-	if len(r.Devices) == 0 {
-		return nil, fmt.Errorf("no device was named: %w", ErrSettings)
+	if len(r.Devices) == 0 || len(r.Devices) > tap.DisksMax {
+		return nil, fmt.Errorf("%d devices: want 1 to %d in a group: %w", len(r.Devices), tap.DisksMax, ErrSettings)
 	}
 	var infos []*disk.Info
 	taken := disksOf(others)
+	folders := written(env, r.Vault, others, taken)
 	for _, dev := range r.Devices {
 		i, err := disk.Inspect(dev)
 		if err != nil {
 			return nil, err
 		}
-		if err := admit(env, i, r, taken); err != nil {
+		if err := admit(i, r, folders, taken); err != nil {
 			return nil, err
 		}
 		infos, taken = append(infos, i), append(taken, occupied{i, ""})
@@ -124,6 +132,9 @@ func configure(env *Env, r Request, others []*Config) (*Config, error) {
 			return nil, fmt.Errorf("a group of %d disks needs a name (--name): %w", len(infos), ErrSettings)
 		}
 		cfg.Name = infos[0].Name
+		if err := vault.CheckName(cfg.Name); err != nil {
+			return nil, fmt.Errorf("the disk's own name does not do for the group's, give --name: %w", err)
+		}
 	}
 	return cfg, vault.CheckName(cfg.Name)
 }
@@ -147,9 +158,9 @@ func disksOf(groups []*Config) []occupied {
 }
 
 // admit refuses what cannot be tapped, or not beside the others.
-func admit(env *Env, i *disk.Info, r Request, others []occupied) error {
+func admit(i *disk.Info, r Request, folders []string, others []occupied) error {
 	refusals := disk.TapRefusals(i)
-	if c := disk.HoldsRefusal(i, env.StateDir, vaultFolder(r.Vault)); c != nil {
+	if c := disk.HoldsRefusal(i, folders...); c != nil {
 		refusals = append(refusals, *c)
 	}
 	for _, c := range refusals {
@@ -174,37 +185,34 @@ func admit(env *Env, i *disk.Info, r Request, others []occupied) error {
 	return nil
 }
 
-// vaultFolder is where a local vault lies.
-func vaultFolder(where string) string { return strings.TrimPrefix(where, "file://") }
-
 // join goes on with the history that the vault holds under this name, if it is
-// one of the same disks.
-func (c *Config) join(ctx context.Context, v *vault.Vault) error {
+// one of the same disks, and says whether there is one.
+func (c *Config) join(ctx context.Context, v *vault.Vault) (bool, error) {
 	h, err := timeline.Load(ctx, v, c.Name)
 	if errors.Is(err, vault.ErrNoGroup) {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
 	if h.Last().Sequence == 0 && h.Damage() == nil {
-		return nil
+		return false, nil
 	}
 	if d := h.Damage(); d != nil {
-		return d
+		return false, d
 	}
 	old := h.Disks()
 	if len(old) != len(c.Disks) {
-		return fmt.Errorf("group %s: the vault has %d disks under this name: %w", c.Name, len(old), ErrOtherDisks)
+		return false, fmt.Errorf("group %s: the vault has %d disks under this name: %w", c.Name, len(old), ErrOtherDisks)
 	}
 	for i := range old {
 		if old[i].Size != c.Disks[i].Size || !sameIdentity(old[i].Identity, c.Disks[i].Identity) {
-			return fmt.Errorf("group %s: disk %s was %s with %d bytes: choose another --name: %w", c.Name, old[i].Name, old[i].Identity, old[i].Size, ErrOtherDisks)
+			return false, fmt.Errorf("group %s: disk %s was %s with %d bytes: choose another --name: %w", c.Name, old[i].Name, old[i].Identity, old[i].Size, ErrOtherDisks)
 		}
 		c.Disks[i].Name, c.Disks[i].BlockSize = old[i].Name, old[i].BlockSize
 	}
 	c.ID = h.GroupID()
-	return nil
+	return true, nil
 }
 
 // sameIdentity compares an identity as a segment holds it with a disk's.

@@ -56,6 +56,9 @@ const (
 
 var _ source.Source = (*Tap)(nil)
 
+// DisksMax is how many disks one tap takes.
+const DisksMax = disksMax
+
 // Bounds that the programs share (bpf/layout.h).
 const (
 	layout       = 4
