@@ -230,3 +230,21 @@ func TestTwoSides(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestEntriesAreClean: nothing of what an entry asked for is left when it is used again.
+func TestEntriesAreClean(t *testing.T) {
+	r := newRing(t, Config{Entries: 1})
+	for range 3 {
+		q := r.Next()
+		if *q != (SQE{}) {
+			t.Fatalf("%+v", *q)
+		}
+		*q = SQE{Opcode: OpNop, UserData: 7, Addr3: 9, BufIndex: 3}
+		if err := r.Submit(1); err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := r.Reap(); !ok {
+			t.Fatal("nothing completed")
+		}
+	}
+}
