@@ -146,15 +146,15 @@ func TestVerifyFindsBrokenRules(t *testing.T) {
 	}
 }
 
-// spoilPayload damages the only frame of a segment.
-func spoilPayload(t *testing.T, w *written, sequence uint64) {
+// spoilPayload damages a segment's payload, some bytes before its end.
+func spoilPayload(t *testing.T, w *written, sequence uint64, before int) {
 	t.Helper()
 	path := objectPath(t, w, sequence)
 	b, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b[len(b)-256-1] ^= 1 // the last byte before the footer
+	b[len(b)-256-1-before] ^= 1 // the footer follows
 	rewrite(t, path, b)
 }
 
@@ -177,7 +177,7 @@ func TestDamagedPayload(t *testing.T) {
 	}
 	records := append(beginning(), writeOf(2, 1), at(writeOf(3, 2), 8192), writeOf(4, 3), at(writeOf(5, 4), 8192))
 	w := keep(t, &story{out: records}, 1, 1)
-	spoilPayload(t, w, 6) // that of position 3
+	spoilPayload(t, w, 6, 0) // that of position 3
 	h, err := Load(t.Context(), w.v, "g")
 	if err != nil || h.Damage() != nil {
 		t.Fatalf("%v, %v", err, h.Damage())
@@ -241,7 +241,7 @@ func TestTimeOfDamage(t *testing.T) {
 func TestOpeningReadsNoData(t *testing.T) {
 	w := keep(t, &story{out: append(beginning(), writeOf(2, 1), writeOf(3, 2), writeOf(4, 3))}, 1, 1)
 	for sequence := uint64(5); sequence <= 7; sequence++ {
-		spoilPayload(t, w, sequence)
+		spoilPayload(t, w, sequence, 0)
 	}
 	h, err := Load(t.Context(), w.v, "g")
 	if err != nil || h.Damage() != nil || !slices.Equal(h.Stretches(), []Stretch{{First: 1, Last: 4}}) {
@@ -272,9 +272,33 @@ func TestOnlyTheDamagedFrame(t *testing.T) {
 		r.Payload = s.payload(segment.FrameSize)
 		s.out = append(s.out, r)
 	}
-	w := keep(t, s, 1, 1<<30) // one segment
-	spoilPayload(t, w, 1)
-	if got := found(t, w); !strings.Contains(got, "disk a, bytes 131072+65536") || !strings.Contains(got, "from seq:4 to seq:4") || strings.Contains(got, "\n") {
+	w := keep(t, s, 1, 1<<30)                // one segment
+	spoilPayload(t, w, 1, segment.FrameSize) // of three the second
+	if got := found(t, w); !strings.Contains(got, "disk a, bytes 65536+65536") || !strings.Contains(got, "from seq:3 to seq:4") || strings.Contains(got, "\n") {
+		t.Errorf("found: %s", got)
+	}
+}
+
+// TestDamageInsideAGap: where the mark that ends a gap is lost, the positions of
+// the gap are damaged, not merely inside it.
+func TestDamageInsideAGap(t *testing.T) {
+	records := append(beginning(), writeOf(2, 1), gapOf(3, block.DiskRange{Range: wholeA}), writeOf(4, 1), zeroFill(0, 3, 3, wholeA), settledAt(3), writeOf(5, 1))
+	w := keep(t, &story{out: records}, 1, 1)
+	if err := os.Truncate(objectPath(t, w, 9), 100); err != nil { // with the mark
+		t.Fatal(err)
+	}
+	h, err := Load(t.Context(), w.v, "g")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for p := range stream.Position(5) {
+		var damaged *DamagedError
+		_, err := h.Resolve(stream.Spec{Position: p + 1})
+		if p+1 <= 2 && err != nil || p+1 > 2 && (!errors.As(err, &damaged) || damaged.Newest != 2) {
+			t.Errorf("position %d: %v", p+1, err)
+		}
+	}
+	if got := found(t, w); !strings.Contains(got, "spoils points from seq:3 to seq:5") {
 		t.Errorf("found: %s", got)
 	}
 }
