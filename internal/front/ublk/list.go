@@ -138,26 +138,46 @@ func (c *control) params(ctx context.Context, id uint32) (abi.Params, error) {
 	return p, nil
 }
 
+// removeWait is for how long remove waits for the kernel. What it has not done
+// by then it does when the last opener is gone.
+const removeWait = 2 * time.Second
+
 // remove deletes a stopped device without waiting for those who have it open.
 func (c *control) remove(ctx context.Context, id uint32) error {
-	cmd := abi.CtrlCmd{DevID: id}
+	file, err := os.OpenFile(controlPath, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	own := &control{file: file, encoded: c.encoded} // c may be closed before the answer
+	answer := make(chan error, 1)
+	go func() { // ends after commandWait at the latest
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandWait)
+		defer cancel()
+		answer <- errors.Join(own.delete(ctx, id), own.Close())
+	}()
+	select {
+	case err := <-answer:
+		if err != nil {
+			return fmt.Errorf("deleting ublk device %d: %w", id, err)
+		}
+		return nil
+	case <-time.After(removeWait):
+		return nil
+	}
+}
+
+// delete asks for the deletion that does not wait, and where the kernel has
+// none (before 6.9) for the one that does.
+func (c *control) delete(ctx context.Context, id uint32) error {
 	var err error = unix.EOPNOTSUPP
 	if c.encoded {
-		err = c.do(ctx, abi.CmdDelDevAsync, cmd, nil)
+		err = c.do(ctx, abi.CmdDelDevAsync, abi.CtrlCmd{DevID: id}, nil)
 	}
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTTY) {
-		// This one waits for the last opener after it has done its work: not with us.
-		ctx, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
-		defer cancel()
-		if err = c.do(ctx, abi.CmdDelDev, cmd, nil); errors.Is(err, context.DeadlineExceeded) {
-			err = nil
-		}
+		err = c.do(ctx, abi.CmdDelDev, abi.CtrlCmd{DevID: id}, nil)
 	}
 	if errors.Is(err, unix.ENODEV) {
-		err = nil
+		return nil
 	}
-	if err != nil {
-		return fmt.Errorf("deleting ublk device %d: %w", id, err)
-	}
-	return nil
+	return err
 }
