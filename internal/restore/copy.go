@@ -166,9 +166,11 @@ func (j *job) each(ctx context.Context, units []int64, fn func(u int64, buf []by
 
 // writeUnit brings one unit from the view to the target.
 func (j *job) writeUnit(off int64, buf []byte) (digest, error) {
-	clear(buf)
 	var data, zero, undefined int64
 	err := eachExtent(j.view, block.Range{Off: off, Len: int64(len(buf))}, func(e block.Extent) error {
+		if e.State != block.Data {
+			clear(buf[e.Off-off : e.End()-off]) // the unit before has left something
+		}
 		switch e.State {
 		case block.Zero:
 			zero += e.Len
@@ -260,12 +262,16 @@ func eachExtent(d block.Device, r block.Range, fn func(block.Extent) error) erro
 		if len(extents) == 0 {
 			return fmt.Errorf("the view names no extent at %s", r)
 		}
+		end := r.Off
 		for _, e := range extents {
+			if e.Off != end || e.Len <= 0 || e.End() > r.End() {
+				return fmt.Errorf("the view names the extent %s where one from %d on is due", e.Range, end)
+			}
 			if err := fn(e); err != nil {
 				return err
 			}
+			end = e.End()
 		}
-		end := extents[len(extents)-1].End()
 		r = block.Range{Off: end, Len: r.End() - end}
 	}
 	if r.Empty() {

@@ -81,17 +81,20 @@ func (v *View) ReadAt(p []byte, off int64) (int, error) {
 	if int64(len(p)) > v.size-off {
 		p, short = p[:v.size-off], io.EOF
 	}
-	end := off + int64(len(p))
-	clear(p)
+	end, at := off+int64(len(p)), off // everything before at is there
 	for i := search(v.extents, off); i < len(v.extents) && v.extents[i].off < end; i++ {
 		e := cut(v.extents[i], off, end)
 		if e.kind() != isData {
 			continue
 		}
+		clear(p[at-off : e.off-off])
+		at = e.end()
 		if err := v.store.read(e, p[e.off-off:][:e.len]); err != nil {
+			clear(p[e.off-off:])
 			return int(e.off - off), v.damaged(e, err)
 		}
 	}
+	clear(p[at-off:])
 	return len(p), short
 }
 
