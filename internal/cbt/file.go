@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"math"
-	"os"
 	"path/filepath"
 
 	"tidemark/internal/block"
@@ -67,16 +66,7 @@ func (m *Map) Save(fsys vfs.FS, name, identity string) error {
 	m.mu.Lock()
 	b := m.encode(identity)
 	m.mu.Unlock()
-	temporary := name + ".new"
-	f, err := fsys.OpenFile(temporary, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return fmt.Errorf("change map: %w", err)
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = fsys.Rename(temporary, name)
-	}
-	if err = errors.Join(err, fsys.SyncDir(filepath.Dir(name))); err != nil {
+	if err := vfs.WriteWhole(fsys, name, b); err != nil {
 		return fmt.Errorf("change map: saving it: %w", err)
 	}
 	return nil

@@ -27,6 +27,7 @@ import (
 	"tidemark/internal/protect"
 	"tidemark/internal/serve"
 	"tidemark/internal/vault"
+	"tidemark/internal/vfs"
 )
 
 // Config is what a daemon is started with.
@@ -169,30 +170,10 @@ func instanceID(dir string) (string, error) {
 		return "", err
 	}
 	id := hex.EncodeToString(raw[:])
-	if err := writeWhole(path, id+"\n"); err != nil {
+	if err := vfs.WriteWhole(vfs.OS{}, path, []byte(id+"\n")); err != nil {
 		return "", unusable(err)
 	}
 	return id, nil
-}
-
-// writeWhole makes a small file durable, whole or not at all.
-func writeWhole(path, text string) error {
-	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteString(text)
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(path+".new", path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(path+".new"))
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // listen replaces a socket that nobody answers on any more.

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"tidemark/internal/disk"
+	"tidemark/internal/vfs"
 )
 
 // Settings are what a user may choose for a group; zero fields mean the defaults.
@@ -105,28 +106,10 @@ func (c *Config) save(dir string) error {
 	if err != nil {
 		return err
 	}
-	tmp := filepath.Join(dir, configName+".new")
-	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
+	if err := vfs.WriteWhole(vfs.OS{}, filepath.Join(dir, configName), data); err != nil {
 		return err
 	}
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(tmp, filepath.Join(dir, configName))
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(tmp))
-	}
-	return errors.Join(syncDir(dir), syncDir(filepath.Dir(dir)))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return vfs.OS{}.SyncDir(filepath.Dir(dir))
 }
 
 // LoadConfig reads the configuration in dir. ErrNoGroup: there is none.

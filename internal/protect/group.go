@@ -25,6 +25,7 @@ import (
 	"tidemark/internal/tap"
 	"tidemark/internal/timeline"
 	"tidemark/internal/vault"
+	"tidemark/internal/vfs"
 )
 
 // Group is one protected group. All methods may be called concurrently.
@@ -354,5 +355,5 @@ func (g *Group) Unprotect(ctx context.Context, abandon bool) error {
 		return fmt.Errorf("%w; unprotect --abandon gives up what is not in the vault", g.offlineError())
 	}
 	g.Stop()
-	return errors.Join(tap.Discard(g.env.Instance, g.cfg.Name), os.RemoveAll(g.env.dir(g.cfg.Name)), syncDir(filepath.Dir(g.env.dir(g.cfg.Name))))
+	return errors.Join(tap.Discard(g.env.Instance, g.cfg.Name), os.RemoveAll(g.env.dir(g.cfg.Name)), vfs.OS{}.SyncDir(filepath.Dir(g.env.dir(g.cfg.Name))))
 }

@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"tidemark/internal/vfs"
 )
 
 // recordSuffix ends the names of the files, one a device, that remember them.
@@ -83,19 +85,7 @@ func (s *Server) save(r record) error {
 	if err := os.MkdirAll(s.folder, 0o700); err != nil {
 		return err
 	}
-	path := s.path(r.Spec.Name)
-	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(path+".new", path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(path+".new"))
-	}
-	return s.sync()
+	return vfs.WriteWhole(vfs.OS{}, s.path(r.Spec.Name), b)
 }
 
 func (s *Server) erase(name string) error {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
@@ -107,4 +108,22 @@ func (OS) Lock(name string) (io.Closer, error) {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	return f, nil
+}
+
+// WriteWhole makes a small file with this content durable, for its owner alone.
+// Whatever happens in the middle, the file is as it was before or as it is to be.
+func WriteWhole(fsys FS, name string, content []byte) error {
+	unfinished := name + ".new"
+	f, err := fsys.OpenFile(unfinished, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = fsys.Rename(unfinished, name)
+	}
+	if err != nil {
+		return errors.Join(err, fsys.Remove(unfinished))
+	}
+	return fsys.SyncDir(filepath.Dir(name))
 }
