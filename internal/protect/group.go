@@ -251,7 +251,7 @@ func (g *Group) start(s *session) {
 	}
 	go func() {
 		defer close(g.done)
-		for ctx.Err() == nil {
+		for s != nil || ctx.Err() == nil { // a session that is open is closed, also where it was stopped before it ran
 			if s == nil {
 				s = g.try(ctx)
 			}
