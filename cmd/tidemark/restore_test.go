@@ -199,6 +199,9 @@ func TestRestoreFuzzy(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &r); err != nil || code != exitOK || r.Consistent || !slices.Equal(r.Uncertain, []block.Range{lost[0], lost[2]}) {
 		t.Errorf("code %d, %v, %+v, %s", code, err, r, errs)
 	}
+	if !strings.Contains(errs, `"bytes_done":1048576,"bytes_total":1048576,"message_type":"progress"`) {
+		t.Errorf("the progress does not end with everything: %s", errs)
+	}
 	code, out, errs = verb(t, append(args, "--at", "good", "--fuzzy", "--json", "--force")...)
 	if r = (restored{}); json.Unmarshal([]byte(out), &r) != nil || code != exitOK || !r.Consistent || r.Uncertain == nil || len(r.Uncertain) != 0 {
 		t.Errorf("a consistent point: code %d, %s%s", code, out, errs)
