@@ -110,6 +110,7 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	go func() {
 		defer close(upgraded)
 		for range 2 {
+			forgetPrograms(t, tp)
 			again, err := Adopt("test", fmt.Sprintf("t%d", os.Getpid()))
 			if err == nil && again.Identity() != tp.Identity() {
 				err = errors.New("another ring")
@@ -137,6 +138,55 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	}
 	r.same(d)
 	report(t, tp)
+}
+
+// forgetPrograms has the next Adopt take the tap's programs for another build's.
+func forgetPrograms(t *testing.T, tp *Tap) {
+	m, err := tp.pins.meta()
+	if err == nil {
+		m.Programs = "another build's"
+		err = tp.pins.replaceMeta(m)
+	}
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// TestSamePrograms: a tap is given programs only where it has others.
+func TestSamePrograms(t *testing.T) {
+	tp := start(t, 1<<20, Options{}, testkit.NewDisk(t, 8<<20))
+	programs := func() (ids [2]uint32) {
+		again, err := Adopt("test", fmt.Sprintf("t%d", os.Getpid()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer again.Close()
+		if err := again.maps["to_queue"].Lookup(uint32(0), &ids[0]); err != nil {
+			t.Fatal(err)
+		}
+		info, err := again.mark.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, _ := info.ID()
+		ids[1] = uint32(id)
+		if _, err := again.Bookmark(Mark{Name: "b", Token: 1}); err != nil {
+			t.Error(err)
+		}
+		return ids
+	}
+	first := programs()
+	if again := programs(); again != first {
+		t.Errorf("the same programs were loaded again: %v, were %v", again, first)
+	}
+	forgetPrograms(t, tp)
+	newer := programs()
+	if newer[0] == first[0] || newer[1] == first[1] {
+		t.Errorf("another build's programs stay: %v", newer)
+	}
+	if again := programs(); again != newer {
+		t.Errorf("an upgrade is made twice: %v, was %v", again, newer)
+	}
 }
 
 // TestHolderProcess is the process that TestKilledHolder kills.

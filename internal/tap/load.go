@@ -3,8 +3,11 @@ package tap
 import (
 	"bytes"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"sync/atomic"
@@ -158,7 +161,7 @@ func (t *Tap) start(object []byte, layout int) error {
 	if err := t.attach(coll); err != nil {
 		return err
 	}
-	t.meta = meta{Layout: layout, Identity: t.ident, Targets: t.targets, Ring: int(t.ringSize), Options: t.options}
+	t.meta = meta{Layout: layout, Identity: t.ident, Targets: t.targets, Ring: int(t.ringSize), Options: t.options, Programs: programsOf(object)}
 	mm, err := newMetaMap(t.meta)
 	if err != nil {
 		return err
@@ -352,8 +355,14 @@ func (t *Tap) loadStubs() error {
 	return nil
 }
 
-// Adopt takes a pinned tap over and puts this build's programs into it, without
-// a moment in which nothing is captured; the tap may be of an older layout, back
+// programsOf tells the programs of one object from those of any other.
+func programsOf(object []byte) string {
+	sum := sha256.Sum256(object)
+	return hex.EncodeToString(sum[:])
+}
+
+// Adopt takes a pinned tap over and puts this build's programs into it, if it
+// has others (the kernel takes seconds to look through them), without a moment in which nothing is captured; the tap may be of an older layout, back
 // to layoutOldest. ErrNoPins, ErrLayout.
 func Adopt(instance, group string) (*Tap, error) {
 	p, err := pinsOf(instance, group)
@@ -402,6 +411,16 @@ func (t *Tap) adopt() error {
 			return err // not attached: nothing was captured
 		}
 	}
+	if t.meta.Programs == programsOf(bpf.Tap) {
+		if t.mark, err = ebpf.LoadPinnedProgram(t.pins.path("bookmark"), nil); err == nil {
+			return errors.Join(t.loadStubs(), t.mapMemory())
+		}
+	}
+	return t.upgrade(spec)
+}
+
+// upgrade puts the programs of spec in the place of those that the tap has.
+func (t *Tap) upgrade(spec *ebpf.CollectionSpec) error {
 	for _, h := range allHooks {
 		delete(spec.Programs, "stub_"+h)
 	}
@@ -413,6 +432,10 @@ func (t *Tap) adopt() error {
 		return fmt.Errorf("loading the tap's programs: %w", err)
 	}
 	defer coll.Close()
+	t.meta.Programs = "" // for now they are from two
+	if err := t.pins.replaceMeta(t.meta); err != nil {
+		return err
+	}
 	for _, h := range allHooks {
 		if err := t.maps["to_"+h].Put(uint32(0), coll.Programs[h]); err != nil {
 			return err
@@ -421,16 +444,25 @@ func (t *Tap) adopt() error {
 	if t.mark, err = coll.Programs["bookmark"].Clone(); err != nil {
 		return err
 	}
-	if err := t.loadStubs(); err != nil {
+	if err := t.repinMark(); err != nil {
 		return err
 	}
-	if err := t.mapMemory(); err != nil {
+	if err := errors.Join(t.loadStubs(), t.mapMemory()); err != nil {
 		return err
 	}
-	if t.meta.Layout == layout {
-		return nil
+	if t.meta.Layout != layout {
+		t.watchControllers()
+		t.meta.Layout = layout
 	}
-	t.watchControllers()
-	t.meta.Layout = layout
+	t.meta.Programs = programsOf(bpf.Tap)
 	return t.pins.replaceMeta(t.meta)
+}
+
+// repinMark pins the program that puts bookmarks in the place of an older one.
+func (t *Tap) repinMark() error {
+	path := t.pins.path("bookmark")
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return t.mark.Pin(path)
 }

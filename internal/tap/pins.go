@@ -80,6 +80,7 @@ type meta struct {
 	Ring     int
 	Options  Options
 	Note     string `json:",omitempty"` // SetNote's
+	Programs string `json:",omitempty"` // digest of the object that all of the tap's programs are from; empty where they may be from two
 }
 
 const metaSize = 64 << 10
