@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tidemark/internal/control/api"
 	"tidemark/internal/loop"
 	"tidemark/internal/testkit"
 	"tidemark/internal/testkit/program"
@@ -45,6 +46,7 @@ func TestPositions(t *testing.T) {
 				t.Fatalf("captured position %d after %d writes from %d on", g.Captured, n, last)
 			}
 			last += n
+			last += s.atOnce(last)
 			if g := s.d.Settle("g"); g.Durable != last || g.Lag != 0 {
 				t.Errorf("durable position %d, lag %v, of an idle group at %d", g.Durable, g.Lag, last)
 			}
@@ -60,6 +62,25 @@ func TestPositions(t *testing.T) {
 			t.Errorf("an idle group wrote to its vault: %d files, were %d", len(now), len(files))
 		}
 	})
+}
+
+// atOnce asks the daemon for its position right after each of some writes, in
+// less time than it lets pass between two looks at the ring. It gives their number.
+func (s *steady) atOnce(last uint64) uint64 {
+	s.t.Helper()
+	client := api.Dial(filepath.Join(s.d.Dir, "socket"))
+	const n = 20
+	for i := range uint64(n) {
+		s.writeAt(s.anywhere(testkit.Sector), testkit.Sector)
+		st, err := client.Status(s.t.Context())
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		if at := uint64(st.Groups[0].CapturedPosition); at != last+i+1 {
+			s.t.Fatalf("captured position %d right after write %d", at, last+i+1)
+		}
+	}
+	return n
 }
 
 // since says whether the newest segment of a vault is older than an age.
@@ -127,8 +148,8 @@ func TestPoints(t *testing.T) {
 	})
 }
 
-// TestLatestIsNeverOlder: with the newest object damaged there is no latest. The
-// newest sound point is named, and can be had.
+// TestLatestIsNeverOlder: with the newest object damaged, cut short or gone
+// there is no latest. The newest sound point is named, and can be had.
 func TestLatestIsNeverOlder(t *testing.T) {
 	eachSeed(t, func(t *testing.T, rng *rand.Rand) {
 		s := newSteady(t, rng, "", "")
@@ -138,35 +159,58 @@ func TestLatestIsNeverOlder(t *testing.T) {
 		s.write(mib)
 		s.d.Settle("g")
 		s.d.Stop()
-		flip(t, rng, newestSegment(t, s.d))
-		to := filepath.Join(s.d.Dir, "never")
-		text := s.d.Refused(exitDamaged, "restore", "--vault", s.d.Vault, "g", "--at", "latest", "--to", to)
-		if _, err := os.Stat(to); err == nil {
-			t.Error("a refused restore left a file behind")
+		newest := newestSegment(t, s.d)
+		whole, err := os.ReadFile(newest)
+		if err != nil {
+			t.Fatal(err)
 		}
-		named := regexp.MustCompile(`seq:(\d+)`).FindString(text)
-		if named == "" {
-			t.Fatalf("no sound point is named: %s", text)
+		for what, spoilt := range map[string][]byte{
+			"a byte":         flipped(whole, rng.IntN(len(whole))),
+			"its last bytes": flipped(whole, len(whole)-1-rng.IntN(64)),
+			"its end":        whole[:rng.IntN(len(whole))],
+			"all of it":      nil,
+		} {
+			if err := os.Remove(newest); err != nil { // others may link to it
+				t.Fatal(err)
+			}
+			if spoilt != nil {
+				if err := os.WriteFile(newest, spoilt, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			s.noLatest(what)
+			if err := os.WriteFile(newest, whole, 0o600); err != nil {
+				t.Fatal(err)
+			}
 		}
-		image(t, s.d, "g", "", named)
-		same(t, "at sound", s.marks["sound"], image(t, s.d, "g", "", "sound"))
-		if text := s.d.Refused(exitDamaged, "verify", "--vault", s.d.Vault, "g"); !strings.Contains(text, "Group g") || !strings.Contains(text, "spoils") {
-			t.Errorf("verify does not name the group and what is spoiled: %s", text)
-		}
+		same(t, "latest, mended", content(t, s.path), image(t, s.d, "g", "", "latest"))
 	})
 }
 
-// flip changes one bit of a file, which may be one that others link to.
-func flip(t *testing.T, rng *rand.Rand, path string) {
-	t.Helper()
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
+// noLatest sees what is said of a vault whose newest segment has lost something.
+func (s *steady) noLatest(what string) {
+	s.t.Helper()
+	to := filepath.Join(s.d.Dir, "never")
+	text := s.d.Refused(exitDamaged, "restore", "--vault", s.d.Vault, "g", "--at", "latest", "--to", to)
+	if _, err := os.Stat(to); err == nil {
+		s.t.Errorf("without %s: a refused restore left a file behind", what)
 	}
-	b[rng.IntN(len(b))] ^= 1 << rng.IntN(8)
-	if err := os.WriteFile(path, b, 0o600); err != nil {
-		t.Fatal(err)
+	named := regexp.MustCompile(`seq:(\d+)`).FindString(text)
+	if named == "" {
+		s.t.Fatalf("without %s no sound point is named: %s", what, text)
 	}
+	image(s.t, s.d, "g", "", named)
+	same(s.t, "at sound, without "+what, s.marks["sound"], image(s.t, s.d, "g", "", "sound"))
+	if text := s.d.Refused(exitDamaged, "verify", "--vault", s.d.Vault, "g"); !strings.Contains(text, "Group g") || !strings.Contains(text, "spoils") {
+		s.t.Errorf("verify does not name the group and what is spoiled without %s: %s", what, text)
+	}
+}
+
+// flipped is a copy of b with another bit in one byte.
+func flipped(b []byte, at int) []byte {
+	b = slices.Clone(b)
+	b[at] ^= 1 << (at % 8)
+	return b
 }
 
 // TestRestoreRefuses: what must not be overwritten is not, whoever insists.
