@@ -429,6 +429,9 @@ func (s *session) useBase(ctx context.Context, h *timeline.History) {
 	if len(st) == 0 || len(s.filler.out) > 0 {
 		return
 	}
+	if err := s.filler.closeBases(); err != nil {
+		s.log.Warn("what the gap before was compared with", "group", s.cfg.Name, "error", err)
+	}
 	s.filler.base = st[len(st)-1].Last
 	for i := range s.cfg.Disks {
 		v, err := h.View(ctx, i, s.filler.base)

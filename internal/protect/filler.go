@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -55,7 +56,11 @@ type filler struct {
 	base    stream.Position
 	scratch chan []byte
 	end     func() tap.Place
+	pause   time.Time // nothing is handed out before: a disk that fails is not asked all the time
 }
+
+// failedPause is how long a failed read keeps the next ones waiting.
+const failedPause = time.Second
 
 func newFiller(disks []*os.File, bytesPerSecond int64, end func() tap.Place) *filler {
 	f := &filler{
@@ -151,7 +156,7 @@ func aligned(n int) []byte {
 
 // dispatch hands out as many jobs as there are free readings.
 func (s *session) dispatch() {
-	for len(s.filler.free) > 0 {
+	for len(s.filler.free) > 0 && !time.Now().Before(s.filler.pause) {
 		job, ok := s.engine.Next(jobBytes)
 		if !ok {
 			return
@@ -174,6 +179,7 @@ func (s *session) collect() {
 				s.readFailed(r)
 				s.engine.Failed(r.job.ID)
 				s.retire(r)
+				s.filler.pause = time.Now().Add(failedPause)
 				continue
 			}
 			s.engine.Done(r.job.ID, fill.Place(r.end))
@@ -220,9 +226,12 @@ func (s *session) appendFill(f fill.Result) error {
 	return nil
 }
 
-// settle lets go of what the gap was compared with.
+// settle lets go of what the gap was compared with, unless somebody still reads
+// what was dropped again meanwhile: then the next gap, or the end, does it.
 func (f *filler) settle() {
-	_ = f.closeBases() // read-only files
+	if len(f.out) == 0 {
+		_ = f.closeBases() // read-only files
+	}
 }
 
 func (f *filler) closeBases() error {
