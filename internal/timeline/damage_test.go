@@ -252,6 +252,13 @@ func TestLostAndMixedUp(t *testing.T) {
 			v.remove(segments + stray)
 		}
 	}
+	for _, name := range names {
+		v.remove(name)
+	}
+	if groups, err := v.v.Groups(t.Context()); err != nil || len(groups) != 1 {
+		t.Errorf("with all objects removed the groups are %v, %v", groups, err)
+	}
+	check("all removed")
 	twins := forged(t, v)
 	for i, name := range names { // the very same name and positions, and every checksum fits
 		v.put(name, twins[i])

@@ -165,6 +165,12 @@ func TestResolve(t *testing.T) {
 			}
 		}
 	}
+	for p := stream.Position(1); p <= h.newest+1; p++ {
+		inside := slices.ContainsFunc(w.stretch, func(st Stretch) bool { return st.First <= p && p <= st.Last })
+		if got, err := h.Resolve(stream.Spec{Position: p}); (err == nil) != inside || inside && got.Position != p {
+			t.Errorf("position %d, in a stretch: %v; %v, %v", p, inside, got, err)
+		}
+	}
 	last := h.Stretches()[len(h.Stretches())-1].Last
 	if p, err := h.Resolve(stream.Spec{Latest: true}); err != nil || p.Position != last {
 		t.Errorf("latest: %v, %v", p, err)

@@ -75,7 +75,7 @@ func (v *Vault) list(ctx context.Context, prefix, delimiter string) (out []*blob
 
 // Segments lists a group's segments in order, from the names alone. A hole in
 // their sequence is no error here: who reads them says what it spoils.
-// ErrNoGroup: there is none.
+// ErrNoGroup: there is none, and none was ever stored.
 func (v *Vault) Segments(ctx context.Context, group string) ([]Ref, error) {
 	refs, _, err := v.Contents(ctx, group)
 	return refs, err
@@ -102,6 +102,9 @@ func (v *Vault) Contents(ctx context.Context, group string) (refs []Ref, strays 
 	}
 	if len(objects) == 0 {
 		if err := v.here(ctx); err != nil {
+			return nil, nil, err
+		}
+		if stored, _, err := v.Newest(ctx, group); err != nil || stored > 0 { // they are all gone
 			return nil, nil, err
 		}
 		return nil, nil, fmt.Errorf("group %q: %w", group, ErrNoGroup)

@@ -114,7 +114,7 @@ func (v *Vault) findTail(ctx context.Context, group string) (*tail, error) {
 		}
 	}
 	refs, err := v.Segments(ctx, group)
-	if errors.Is(err, ErrNoGroup) {
+	if errors.Is(err, ErrNoGroup) || err == nil && len(refs) == 0 {
 		return &tail{}, nil
 	}
 	if err != nil {

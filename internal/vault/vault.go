@@ -232,7 +232,7 @@ func (v *Vault) Dir() string { return v.where }
 // ID identifies the vault wherever it is moved: 32 hexadecimal digits.
 func (v *Vault) ID() string { return v.marker.ID }
 
-// Groups lists the groups that the vault holds segments of, by name.
+// Groups lists the groups that the vault holds segments of, or should, by name.
 func (v *Vault) Groups(ctx context.Context) ([]string, error) {
 	names, err := v.folders(ctx)
 	if err != nil {
@@ -244,7 +244,11 @@ func (v *Vault) Groups(ctx context.Context) ([]string, error) {
 		if err != nil {
 			return nil, unreachable(err)
 		}
-		if len(page) > 0 {
+		stored, _, err := v.Newest(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		if len(page) > 0 || stored > 0 {
 			out = append(out, name)
 		}
 	}
