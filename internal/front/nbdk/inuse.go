@@ -13,7 +13,7 @@ import (
 // inUse says who uses a device or a partition of it; nobody is "". It opens
 // nothing: the kernel could begin to look for partitions then, and a process that waits for
 // a device that it serves itself cannot even be killed.
-func inUse(index int) (user string, err error) {
+func (genl) inUse(index int) (user string, err error) {
 	dir := fmt.Sprintf("/sys/block/nbd%d", index)
 	numbers := map[string]bool{}
 	parts, _ := filepath.Glob(dir + "/nbd*/dev")

@@ -58,7 +58,7 @@ func serveImage(path string) error {
 	}
 	dev := &image{f, st.Size()}
 	s := &nbd.Server{}
-	if err := s.Add(nbd.Export{Name: "disk", Device: dev}); err != nil {
+	if err := s.Add(nbd.Export{Name: "disk", Device: dev, ReadOnly: os.Getenv("TIDEMARK_NBDK_READONLY") != ""}); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -264,6 +264,23 @@ func TestDevice(t *testing.T) {
 	}
 }
 
+// TestReadOnly: the kernel itself refuses writes.
+func TestReadOnly(t *testing.T) {
+	image := newImage(t, 16<<20)
+	s := start(t, image, "TIDEMARK_NBDK_READONLY=1")
+	if f, err := os.OpenFile(s.node, os.O_WRONLY, 0); err == nil {
+		_, err = f.Write(make([]byte, 4096))
+		if err = errors.Join(err, f.Sync()); err == nil {
+			t.Error("a write was taken")
+		}
+		f.Close()
+	}
+	if out := testkit.Run(t, "blockdev", "--getro", s.node); strings.TrimSpace(out) != "1" {
+		t.Errorf("blockdev --getro: %s", out)
+	}
+	s.must("detach")
+}
+
 // TestReconnectUnderLoad: the server is killed and started again, several times, under a
 // mounted file system with a load that checks what it wrote. Nobody sees an error.
 func TestReconnectUnderLoad(t *testing.T) {
@@ -274,7 +291,7 @@ func TestReconnectUnderLoad(t *testing.T) {
 			s := start(t, image, "TIDEMARK_NBDK_CONNECTIONS="+connections)
 			if connections != "1" { // the minute is not to be waited for in a test
 				found, err := Find(image)
-				if err = errors.Join(err, setLook(found.Index, 3*time.Second)); err != nil {
+				if err = errors.Join(err, genl{}.setLook(found.Index, 3*time.Second)); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -19,13 +19,10 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
-
-	"github.com/mdlayher/genetlink"
 
 	abi "tidemark/internal/abi/nbd"
 	"tidemark/internal/front/nbd"
@@ -68,10 +65,10 @@ type Device struct {
 	Index int
 	Path  string // of the node: /dev/nbdN
 
+	kernel  kernel
 	server  *nbd.Server
 	export  string
 	backend string
-	wait    time.Duration
 	cancel  func()
 	serving sync.WaitGroup
 	done    chan struct{}
@@ -79,6 +76,10 @@ type Device struct {
 
 // Attach makes a device of an export. ctx bounds the attaching only.
 func Attach(ctx context.Context, s *nbd.Server, export string, o Options) (*Device, error) {
+	return attach(ctx, genl{}, s, export, o)
+}
+
+func attach(ctx context.Context, k kernel, s *nbd.Server, export string, o Options) (*Device, error) {
 	offer, err := s.Offer(export)
 	if err != nil {
 		return nil, err
@@ -95,15 +96,15 @@ func Attach(ctx context.Context, s *nbd.Server, export string, o Options) (*Devi
 	case offer.Size%o.BlockSize != 0:
 		return nil, fmt.Errorf("a network block device of %d bytes: not whole blocks of %d bytes", offer.Size, o.BlockSize)
 	}
-	if _, err := Find(o.Identity); err == nil {
+	if _, err := find(k, o.Identity); err == nil {
 		return nil, fmt.Errorf("%s: %w", o.Identity, ErrServed)
 	}
-	d := &Device{server: s, export: export, backend: o.Identity + "#" + strconv.Itoa(o.Connections), wait: o.Wait, done: make(chan struct{})}
+	d := &Device{kernel: k, server: s, export: export, backend: o.Identity + "#" + strconv.Itoa(o.Connections), done: make(chan struct{})}
 	ours, theirs, err := pairs(o.Connections)
 	if err != nil {
 		return nil, err
 	}
-	d.Index, err = send(ctx, abi.GenlConnect, command{
+	d.Index, err = k.send(ctx, abi.GenlConnect, command{
 		index: -1, size: offer.Size, blockSize: o.BlockSize, flags: offer.Flags, dead: o.Wait, backend: d.backend, sockets: theirs,
 	})
 	closeAll(theirs)
@@ -120,7 +121,7 @@ func Attach(ctx context.Context, s *nbd.Server, export string, o Options) (*Devi
 	if o.Connections > 1 {
 		look = lookAfterMany
 	}
-	if err := setLook(d.Index, look); err != nil {
+	if err := k.setLook(d.Index, look); err != nil {
 		return nil, errors.Join(err, d.Detach(ctx))
 	}
 	return d, nil
@@ -129,11 +130,15 @@ func Attach(ctx context.Context, s *nbd.Server, export string, o Options) (*Devi
 // Reattach serves a device that has lost its server. It waits, while ctx
 // lasts, for the old server to end; after that ErrServed.
 func Reattach(ctx context.Context, s *nbd.Server, export, identity string) (*Device, error) {
-	found, err := Find(identity)
+	return reattach(ctx, genl{}, s, export, identity)
+}
+
+func reattach(ctx context.Context, k kernel, s *nbd.Server, export, identity string) (*Device, error) {
+	found, err := find(k, identity)
 	if err != nil {
 		return nil, err
 	}
-	d := &Device{Index: found.Index, Path: "/dev/nbd" + strconv.Itoa(found.Index), server: s, export: export, backend: found.backend, done: make(chan struct{})}
+	d := &Device{Index: found.Index, Path: "/dev/nbd" + strconv.Itoa(found.Index), kernel: k, server: s, export: export, backend: found.backend, done: make(chan struct{})}
 	var taken []*os.File
 	for len(taken) < found.Connections {
 		conn, err := d.reconnect(ctx)
@@ -162,7 +167,7 @@ func (d *Device) reconnect(ctx context.Context) (*os.File, error) {
 		if err != nil {
 			return nil, err
 		}
-		_, err = send(ctx, abi.GenlReconfigure, command{index: d.Index, backend: d.backend, sockets: theirs})
+		_, err = d.kernel.send(ctx, abi.GenlReconfigure, command{index: d.Index, backend: d.backend, sockets: theirs})
 		closeAll(theirs)
 		if err == nil && held(ours[0]) {
 			return ours[0], nil
@@ -214,7 +219,7 @@ func (d *Device) Done() <-chan struct{} { return d.done }
 // Resize tells the kernel the export's new size, in bytes. Grow the export
 // before, or shrink it after.
 func (d *Device) Resize(ctx context.Context, size int64) error {
-	if _, err := send(ctx, abi.GenlReconfigure, command{index: d.Index, backend: d.backend, size: size}); err != nil {
+	if _, err := d.kernel.send(ctx, abi.GenlReconfigure, command{index: d.Index, backend: d.backend, size: size}); err != nil {
 		return fmt.Errorf("%s: resizing to %d bytes: %w", d.Path, size, err)
 	}
 	return nil
@@ -229,7 +234,7 @@ func (d *Device) Release() {
 
 // Detach takes the device away. ErrBusy: it is open or mounted, and stays.
 func (d *Device) Detach(ctx context.Context) error {
-	if err := detach(ctx, d.Index); err != nil {
+	if err := detach(ctx, d.kernel, d.Index); err != nil {
 		return err
 	}
 	d.Release()
@@ -239,37 +244,29 @@ func (d *Device) Detach(ctx context.Context) error {
 // Forget detaches a device that has no server; what waits for one fails.
 // ErrBusy: it is open or mounted, and stays.
 func Forget(ctx context.Context, identity string) error {
-	found, err := Find(identity)
+	return forget(ctx, genl{}, identity)
+}
+
+func forget(ctx context.Context, k kernel, identity string) error {
+	found, err := find(k, identity)
 	if err != nil {
 		return err
 	}
-	return detach(ctx, found.Index)
+	return detach(ctx, k, found.Index)
 }
 
-func detach(ctx context.Context, index int) error {
-	path := "/dev/nbd" + strconv.Itoa(index)
-	user, err := inUse(index)
+func detach(ctx context.Context, k kernel, index int) error {
+	user, err := k.inUse(index)
 	if err != nil {
-		return fmt.Errorf("who uses %s: %w", path, err)
+		return fmt.Errorf("who uses /dev/nbd%d: %w", index, err)
 	}
 	if user != "" {
-		return fmt.Errorf("%s: %w: %s", path, ErrBusy, user)
+		return fmt.Errorf("/dev/nbd%d: %w: %s", index, ErrBusy, user)
 	}
-	if _, err := send(ctx, abi.GenlDisconnect, command{index: index}); err != nil {
-		return fmt.Errorf("detaching %s: %w", path, err)
+	if _, err := k.send(ctx, abi.GenlDisconnect, command{index: index}); err != nil {
+		return fmt.Errorf("detaching /dev/nbd%d: %w", index, err)
 	}
 	return nil
-}
-
-// Probe says whether the kernel can do it at all; ErrNoKernel: it cannot.
-func Probe() error {
-	conn, err := genetlink.Dial(nil)
-	if err != nil {
-		return fmt.Errorf("generic netlink: %w", err)
-	}
-	defer conn.Close()
-	_, err = family(conn)
-	return err
 }
 
 // Found is a device that the kernel has.
@@ -280,36 +277,18 @@ type Found struct {
 }
 
 // Find looks for a device by its identity, whether it has a server or not. ErrNotFound: there is none.
-func Find(identity string) (Found, error) {
-	all, err := filepath.Glob("/sys/block/nbd*/backend")
+func Find(identity string) (Found, error) { return find(genl{}, identity) }
+
+func find(k kernel, identity string) (Found, error) {
+	all, err := k.backends()
 	if err != nil {
 		return Found{}, err
 	}
-	for _, path := range all {
-		raw, err := os.ReadFile(path)
-		if err != nil {
-			continue // it goes this moment
-		}
-		backend := strings.TrimSpace(string(raw))
+	for index, backend := range all {
 		name, count, _ := strings.Cut(backend, "#")
-		n, err := strconv.Atoi(count)
-		if name != identity || err != nil {
-			continue
-		}
-		index, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(filepath.Dir(path)), "nbd"))
-		if err == nil {
+		if n, err := strconv.Atoi(count); name == identity && err == nil {
 			return Found{Index: index, Connections: n, backend: backend}, nil
 		}
 	}
 	return Found{}, fmt.Errorf("%s: %w", identity, ErrNotFound)
-}
-
-// setLook says after how long the kernel looks after a request. NBD's own
-// time-out stays off: it would cut off a server that is merely slow.
-func setLook(index int, after time.Duration) error {
-	path := fmt.Sprintf("/sys/block/nbd%d/queue/io_timeout", index)
-	if err := os.WriteFile(path, []byte(strconv.FormatInt(after.Milliseconds(), 10)), 0); err != nil {
-		return fmt.Errorf("how long the kernel waits before it sends a request again: %w", err)
-	}
-	return nil
 }

@@ -60,7 +60,7 @@ func (c command) attributes() ([]byte, error) {
 
 // send has the kernel do a command, and gives the number of the device that a
 // connect was given.
-func send(ctx context.Context, what uint8, c command) (index int, err error) {
+func (genl) send(ctx context.Context, what uint8, c command) (index int, err error) {
 	conn, err := genetlink.Dial(nil)
 	if err != nil {
 		return 0, fmt.Errorf("generic netlink: %w", err)
@@ -80,6 +80,17 @@ func send(ctx context.Context, what uint8, c command) (index int, err error) {
 		return -1, err // there is nothing else in the acknowledgement
 	}
 	return number(replies)
+}
+
+// Probe says whether the kernel can do it at all; ErrNoKernel: it cannot.
+func Probe() error {
+	conn, err := genetlink.Dial(nil)
+	if err != nil {
+		return fmt.Errorf("generic netlink: %w", err)
+	}
+	defer conn.Close()
+	_, err = family(conn)
+	return err
 }
 
 func family(conn *genetlink.Conn) (id uint16, err error) {
