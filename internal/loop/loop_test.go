@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
 
@@ -62,6 +63,31 @@ func TestAttachDetach(t *testing.T) {
 	}
 	if st, err := loop.Status(d.Path); err == nil && st.Backing == path {
 		t.Error("still attached")
+	}
+}
+
+// TestStatusForAnybody: who may not open a loop device may know what is behind it.
+func TestStatusForAnybody(t *testing.T) {
+	testkit.Need(t, "root", "loop")
+	path := sparse(t, 1<<20)
+	d := attach(t, path, loop.Options{})
+	type answer struct {
+		info loop.Info
+		err  error
+	}
+	told := make(chan answer)
+	go func() {
+		runtime.LockOSThread() // for ever: the thread ends with the goroutine
+		const nobody = 65534
+		_, err := unix.SetfsuidRetUid(nobody)
+		if f, openErr := os.Open(d.Path); openErr == nil {
+			err = errors.Join(err, errors.New("this thread may still open the device"), f.Close())
+		}
+		info, statusErr := loop.Status(d.Path)
+		told <- answer{info, errors.Join(err, statusErr)}
+	}()
+	if a := <-told; a.err != nil || a.info.Backing != path {
+		t.Errorf("%+v, %v", a.info, a.err)
 	}
 }
 

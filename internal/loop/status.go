@@ -7,8 +7,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // Info is what the kernel says of an attached device.
@@ -26,30 +24,23 @@ type Info struct {
 }
 
 // Status describes the device at path; ErrNotAttached where it has no file.
+// It asks sysfs: so nobody's permission is needed, and the device is not opened,
+// which would end one that detaches itself with its last user.
 func Status(path string) (Info, error) {
 	n, err := Number(path)
 	if err != nil {
 		return Info{}, err
 	}
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return Info{}, err
-	}
-	defer f.Close()
-	st, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
-	if errors.Is(err, unix.ENXIO) {
+	file := backing(n)
+	if file == "" {
 		return Info{}, fmt.Errorf("%s: %w", path, ErrNotAttached)
 	}
-	if err != nil {
-		return Info{}, fmt.Errorf("status of %s: %w", path, err)
-	}
-	has := func(flag uint32) bool { return st.Flags&flag != 0 }
-	name, deleted := strings.CutSuffix(backing(n), " (deleted)")
+	name, deleted := strings.CutSuffix(file, " (deleted)")
+	flag := func(name string) bool { return attribute(n, name) == "1" }
 	return Info{
 		Path: path, Backing: name, Deleted: deleted, DiskSeq: diskSeq(n),
-		Offset: int64(st.Offset), SizeLimit: int64(st.Sizelimit),
-		ReadOnly: has(unix.LO_FLAGS_READ_ONLY), DirectIO: has(unix.LO_FLAGS_DIRECT_IO),
-		PartScan: has(unix.LO_FLAGS_PARTSCAN), AutoClear: has(unix.LO_FLAGS_AUTOCLEAR),
+		Offset: int64(number(n, "loop/offset")), SizeLimit: int64(number(n, "loop/sizelimit")),
+		ReadOnly: flag("ro"), DirectIO: flag("loop/dio"), PartScan: flag("loop/partscan"), AutoClear: flag("loop/autoclear"),
 	}, nil
 }
 
@@ -76,9 +67,11 @@ func List() ([]Info, error) {
 // backing is the backing file as sysfs tells it, or "".
 func backing(n int) string { return attribute(n, "loop/backing_file") }
 
-func diskSeq(n int) uint64 {
-	seq, _ := strconv.ParseUint(attribute(n, "diskseq"), 10, 64) // kernels before 5.15 have none
-	return seq
+func diskSeq(n int) uint64 { return number(n, "diskseq") } // kernels before 5.15 have none
+
+func number(n int, name string) uint64 {
+	v, _ := strconv.ParseUint(attribute(n, name), 10, 64)
+	return v
 }
 
 func attribute(n int, name string) string {

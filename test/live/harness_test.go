@@ -155,6 +155,7 @@ func diskNames(g program.Group) (names []string) {
 // it before the daemon that uses it: what is made last goes first.
 func tmpfs(t testing.TB, size string) string {
 	t.Helper()
+	testkit.Need(t, "root")
 	dir := t.TempDir()
 	testkit.Run(t, "mount", "-t", "tmpfs", "-o", "size="+size, "tmpfs", dir)
 	t.Cleanup(func() { testkit.Unmount(t, dir) })
