@@ -261,12 +261,18 @@ func TestNextServer(t *testing.T) {
 			got <- b[0]
 		}()
 	}
+	k.mu.Lock()
+	k.devices[0].size = 4096 // the device had another size once
+	k.mu.Unlock()
 	next, err := reattach(t.Context(), k, exporting(t, 9), "x", "id")
 	if err != nil {
 		t.Fatal(err)
 	}
 	if a, b := <-got, <-got; a != 9 || b != 9 {
 		t.Errorf("the reads that waited gave %d and %d", a, b)
+	}
+	if n := k.devices[0].size; n != 1<<20 {
+		t.Errorf("the kernel believes in %d bytes", n)
 	}
 	if err := next.Detach(t.Context()); err != nil {
 		t.Error(err)
