@@ -176,10 +176,7 @@ func (d *File) extend(n int64) error {
 	if err := immutable(d.f, false); err != nil {
 		return err
 	}
-	err := unix.Fallocate(int(d.f.Fd()), 0, d.size, n)
-	if err == nil {
-		err = errors.Join(d.f.Sync(), syncParent(d.f.Name()))
-	}
+	err := d.allocate(n)
 	if err = errors.Join(err, immutable(d.f, true)); err != nil {
 		return err
 	}
@@ -192,6 +189,18 @@ func (d *File) extend(n int64) error {
 	}
 	d.extents, d.size = all, d.size+n
 	return nil
+}
+
+// allocate opens the file anew: after a restart it was immutable when it was opened.
+func (d *File) allocate(n int64) error {
+	f, err := os.OpenFile(d.f.Name(), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	if err = unix.Fallocate(int(f.Fd()), 0, d.size, n); err == nil {
+		err = errors.Join(f.Sync(), syncParent(d.f.Name()))
+	}
+	return errors.Join(err, f.Close())
 }
 
 // joined merges extents that follow one another on the device too.

@@ -171,6 +171,9 @@ func (p *Pending) Take(patience time.Duration) (*Buffer, error) {
 	}
 }
 
+// Idle says whether no buffer is in use.
+func (p *Pending) Idle() bool { return len(p.free) == cap(p.free) }
+
 // Store has a sealed buffer written to its slot. done is called from a worker;
 // the buffer is the caller's until it calls Drop.
 func (b *Buffer) Store(done func(error)) { b.p.queue <- job{b, done} }

@@ -19,12 +19,16 @@ type Config struct {
 	Low int64
 	// Notify is told of events; it must not wait or call back.
 	Notify func(Event)
+	// Record, if set, is told of each space that is appended, in order, when its
+	// header is written and before anything else is: what it notes can be recovered.
+	Record func(Space) error
 }
 
 // Storage is the difference storage of one snapshot. All methods may be called concurrently.
 type Storage struct {
 	cfg     Config
 	version atomic.Uint64
+	appends sync.Mutex // one at a time; never taken in a write's way
 
 	mu       sync.Mutex
 	areas    []*area
@@ -42,7 +46,6 @@ type Storage struct {
 	idle     sync.Cond // it no longer grows
 	held     int       // growth waits
 	closed   bool
-	spoiled  bool
 }
 
 // New gives a storage without room.
@@ -60,22 +63,23 @@ func New(cfg Config) (*Storage, error) {
 
 // Append adds a space; everything in it is overwritten in time.
 func (s *Storage) Append(space Space) error {
+	s.appends.Lock()
+	defer s.appends.Unlock()
 	s.mu.Lock()
-	h := header{s.cfg.ID, s.cfg.Chunk, uint32(len(s.areas)), s.spoiled}
-	a := layOut(space, h, s.cfg.Durable, s.capacity)
+	a := layOut(space, header{id: s.cfg.ID, chunk: s.cfg.Chunk, index: uint32(len(s.areas))}, s.cfg.Durable, s.capacity)
 	s.mu.Unlock()
 	if a == nil {
 		return fmt.Errorf("%d bytes are too few for one chunk of %d: %w", space.Size(), s.cfg.Chunk, ErrRefused)
 	}
-	// Written before it is part of the storage. Two at a time are put in order below.
 	if err := a.writeHeader(); err != nil {
 		return err
 	}
-	s.mu.Lock()
-	if int(h.index) != len(s.areas) || s.spoiled != h.spoiled {
-		s.mu.Unlock()
-		return s.Append(space)
+	if s.cfg.Record != nil {
+		if err := s.cfg.Record(space); err != nil {
+			return err
+		}
 	}
+	s.mu.Lock()
 	s.adopt(a)
 	events := s.judge()
 	s.mu.Unlock()
@@ -188,9 +192,34 @@ func (s *Storage) HoldGrowth() (resume func()) {
 	})
 }
 
-// Reserve takes a slot. It waits for nothing: without room it is ErrFull.
+// Reserve takes a slot. It waits for nothing: without room it is ErrFull, and an
+// event tells, once.
 func (s *Storage) Reserve() (Slot, error) {
+	slot, err := s.reserve(0)
+	if err == nil {
+		return slot, nil
+	}
 	s.mu.Lock()
+	first := !s.full
+	s.full = true
+	s.mu.Unlock()
+	if first {
+		s.cfg.Notify(Event{Kind: Overflow, Err: ErrFull})
+	}
+	return 0, err
+}
+
+// TryReserve is Reserve for who can do without: there is no event, and an eighth
+// of the storage is left to others.
+func (s *Storage) TryReserve() (Slot, error) { return s.reserve(8) }
+
+// reserve takes a slot; a part (1/n) of all is not for the caller, 0: none.
+func (s *Storage) reserve(n int64) (Slot, error) {
+	s.mu.Lock()
+	if n > 0 && int64(s.capacity)-s.used <= int64(s.capacity)/n {
+		s.mu.Unlock()
+		return 0, ErrFull
+	}
 	var slot Slot
 	switch n := len(s.free); {
 	case n > 0:
@@ -199,12 +228,7 @@ func (s *Storage) Reserve() (Slot, error) {
 		slot = s.next
 		s.next++
 	default:
-		first := !s.full
-		s.full = true
 		s.mu.Unlock()
-		if first {
-			s.cfg.Notify(Event{Kind: Overflow, Err: ErrFull})
-		}
 		return 0, ErrFull
 	}
 	s.used++
@@ -278,23 +302,22 @@ func (s *Storage) Load(slot Slot, key Key, p []byte) error {
 	return nil
 }
 
-// Spoil notes in every area that the snapshot is spoiled. An error says that none
-// of them took it: after a crash the snapshot could be taken for a good one.
+// Spoil notes in the areas that the snapshot is spoiled: one of them is enough. An
+// error says that none took it: after a crash the snapshot could be taken for a
+// good one.
 func (s *Storage) Spoil() error {
 	s.mu.Lock()
-	s.spoiled = true
 	areas := append([]*area(nil), s.areas...)
 	s.mu.Unlock()
 	var errs []error
 	for _, a := range areas {
 		h := a.head
 		h.spoiled = true
-		errs = append(errs, a.write(h.encode(), 0))
-	}
-	for _, err := range errs {
+		err := a.write(h.encode(), 0)
 		if err == nil {
 			return nil
 		}
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
@@ -322,4 +345,16 @@ func (s *Storage) Close() {
 		s.idle.Wait()
 	}
 	s.mu.Unlock()
+}
+
+// Flush makes stable what was stored.
+func (s *Storage) Flush() error {
+	s.mu.Lock()
+	areas := append([]*area(nil), s.areas...)
+	s.mu.Unlock()
+	var errs []error
+	for _, a := range areas {
+		errs = append(errs, a.space.Flush())
+	}
+	return errors.Join(errs...)
 }

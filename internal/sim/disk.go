@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"tidemark/internal/block"
 )
@@ -27,7 +28,12 @@ type Disk struct {
 	// Fault is asked before each request, also concurrently, and gives the error
 	// that it ends with. Set it before the first request.
 	Fault func(op block.Op, r block.Range) error
+	// Off, if set, cuts the power of all disks that share it, at one instant: when it
+	// is true they answer ErrCrashed and do nothing.
+	Off *atomic.Bool
 }
+
+func (d *Disk) dead() bool { return d.crashed || d.Off != nil && d.Off.Load() }
 
 var (
 	_ block.Device    = (*Disk)(nil)
@@ -74,7 +80,7 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	}
 	d.mu.RLock()
 	defer d.mu.RUnlock()
-	if d.crashed {
+	if d.dead() {
 		return 0, ErrCrashed
 	}
 	if off > int64(len(d.now)) {
@@ -113,7 +119,7 @@ func (d *Disk) put(op block.Op, p []byte, off int64, fua bool) (int, error) {
 	err := d.fault(op, block.Range{Off: off, Len: int64(len(p))})
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.crashed {
+	if d.dead() {
 		return 0, ErrCrashed
 	}
 	if bad := block.CheckBounds(block.Range{Off: off, Len: int64(len(p))}, int64(len(d.now))); bad != nil {
@@ -151,7 +157,7 @@ func (d *Disk) Flush() error {
 	err := d.fault(block.OpFlush, block.Range{})
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.crashed {
+	if d.dead() {
 		return ErrCrashed
 	}
 	if err == nil && d.stable != nil {

@@ -68,7 +68,7 @@ var layer = map[string][]string{
 	"internal/filter/log":     {"internal/block", "internal/health", "internal/stack"},
 	"internal/filter/example": {"internal/block", "internal/health", "internal/stack"},
 	"internal/snapshot": {"internal/block", "internal/cbt", "internal/diff", "internal/health", "internal/filter/barrier", "internal/filter/cow",
-		"internal/filter/track", "internal/stack"},
+		"internal/filter/track", "internal/stack", "internal/vfs"},
 	"internal/front/ublk": {"internal/block", "internal/abi/ublk", "internal/uring"},
 	"internal/front/nbd":  {"internal/block", "internal/abi/nbd"},
 	"internal/front/nbdk": {"internal/block", "internal/abi/nbd", "internal/front/nbd"},

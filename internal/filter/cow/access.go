@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"tidemark/internal/block"
 	"tidemark/internal/diff"
@@ -184,7 +185,10 @@ func (m *Image) changeChunk(c int64, part block.Range, fill func(to []byte, at i
 	if first {
 		return nil
 	}
-	b, err := m.take()
+	if !m.held(c) {
+		return ErrClosed // while it waited
+	}
+	b, err := m.takeAgain()
 	if err != nil {
 		return fmt.Errorf("image of %s: a private change: %w", m.filter.Device(), err)
 	}
@@ -202,6 +206,18 @@ func (m *Image) changeChunk(c int64, part block.Range, fill func(to []byte, at i
 	}
 	patch(b.Bytes()[:r.Len])
 	return m.put(c, b, old)
+}
+
+// takeAgain is take for a chunk that has a slot already, which it gives back when
+// the new version is stored: where there is no room it waits for others that do so.
+func (m *Image) takeAgain() (*diff.Buffer, error) {
+	for end := time.Now().Add(m.cfg.Patience); time.Now().Before(end) && !m.cfg.Pending.Idle(); time.Sleep(time.Millisecond) {
+		slot, err := m.cfg.Storage.TryReserve()
+		if err == nil {
+			return m.fetch(slot)
+		}
+	}
+	return m.take()
 }
 
 func (m *Image) waitAnyhow(done <-chan struct{}) error {

@@ -182,6 +182,11 @@ func (m *Image) take() (*diff.Buffer, error) {
 	if err != nil {
 		return nil, err
 	}
+	return m.fetch(slot)
+}
+
+// fetch takes a buffer for a slot.
+func (m *Image) fetch(slot diff.Slot) (*diff.Buffer, error) {
 	b, err := m.cfg.Pending.Take(m.cfg.Patience)
 	if err != nil {
 		m.cfg.Storage.Release(slot)

@@ -32,11 +32,11 @@ func seeds(n int) uint64 {
 
 // device is one served device with a shadow of what was written to it.
 type device struct {
-	disk    *sim.Disk
-	stack   *stack.Stack
-	gate    *gate
-	cow     *cow.Filter
-	used    int64 // what lies behind is for difference storage
+	disk  *sim.Disk
+	stack *stack.Stack
+	gate  *gate
+	cow   *cow.Filter
+	used  int64 // what lies behind is for difference storage
 
 	mu     sync.RWMutex // writers share it, each with sectors of its own
 	shadow []byte

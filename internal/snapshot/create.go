@@ -1,0 +1,159 @@
+package snapshot
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"tidemark/internal/block"
+	"tidemark/internal/diff"
+	"tidemark/internal/vfs"
+)
+
+// Create makes a snapshot that is not taken yet. Where it fails nothing stays.
+func (t *Set) Create(r Request) (ID, error) {
+	s := &Snapshot{set: t, id: newID()}
+	if err := s.admit(r); err != nil {
+		return ID{}, err
+	}
+	var err error
+	if s.storage, err = diff.New(s.diffConfig()); err != nil {
+		return ID{}, err
+	}
+	err = s.change(func(*manifest) {})
+	for _, place := range r.Storage {
+		if err == nil {
+			err = s.append(place)
+		}
+	}
+	if err != nil {
+		return ID{}, errors.Join(err, s.discard())
+	}
+	t.mu.Lock()
+	t.m[s.id] = s
+	t.mu.Unlock()
+	return s.id, nil
+}
+
+func (s *Snapshot) diffConfig() diff.Config {
+	return diff.Config{ID: s.id, Chunk: s.man.Chunk, Durable: s.man.Durable, Low: s.man.Low, Notify: s.events.add, Record: s.record}
+}
+
+// admit checks a request and fills in what it leaves open.
+func (s *Snapshot) admit(r Request) error {
+	if len(r.Devices) == 0 {
+		return fmt.Errorf("a snapshot of no device: %w", ErrNoDevice)
+	}
+	var limits int64
+	for _, p := range r.Storage {
+		limits += cmp.Or(p.Limit, limitDefault)
+	}
+	chunk := cmp.Or(r.Chunk, chunkDefault)
+	low := cmp.Or(r.Low, max(min(limits/4, lowMax), 8*chunk))
+	if r.Low == 0 && limits == 0 {
+		low = lowMax
+	}
+	s.man = manifest{Version: 1, ID: FormatID(s.id), State: stateCreated, Boot: s.set.cfg.BootID, Durable: r.Durable,
+		Chunk: chunk, Low: low, Buffers: int(min(max(buffersBytes/chunk, 8), 1024)), Memory: s.set.cfg.Memory != ""}
+	for i, name := range r.Devices {
+		if slices.Contains(r.Devices[:i], name) {
+			return fmt.Errorf("device %s is named twice: %w", name, ErrNoDevice)
+		}
+		d, err := s.set.cfg.Device(name)
+		if err != nil {
+			return err
+		}
+		s.devices = append(s.devices, d)
+		s.man.Devices = append(s.man.Devices, manifestDevice{Name: d.Name, Size: d.Cow.Below().Size()})
+	}
+	return nil
+}
+
+// Append adds difference storage, before the snapshot is taken or while it is held.
+func (t *Set) Append(id ID, place Storage) error {
+	s, err := t.find(id)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.lost != nil {
+		return s.lost
+	}
+	return s.append(place)
+}
+
+// append adds a place. s.mu is held, or nobody knows s.
+func (s *Snapshot) append(p Storage) error {
+	place, err := s.set.cfg.Locate(p.Path)
+	if err != nil {
+		return err
+	}
+	if !place.File {
+		return s.appendDevice(p, place)
+	}
+	f, err := diff.OpenFile(p.Path, cmp.Or(p.Limit, limitDefault), place.Device)
+	if err != nil {
+		return err
+	}
+	source := len(s.manifest().Sources)
+	if err := s.change(func(m *manifest) {
+		m.Sources = append(m.Sources, manifestSource{Path: p.Path, File: true, Limit: cmp.Or(p.Limit, limitDefault)})
+	}); err != nil {
+		return errors.Join(err, f.Remove())
+	}
+	s.files = append(s.files, f)
+	r := grower{f, source}
+	// The first part now: what cannot work fails here.
+	space, err := r.Grow(max(2*s.man.Low, atOnce))
+	if err == nil {
+		err = s.storage.Append(space)
+	}
+	if err != nil {
+		return fmt.Errorf("difference storage %s: %w", p.Path, err)
+	}
+	s.storage.AddSource(r)
+	return nil
+}
+
+func (s *Snapshot) appendDevice(p Storage, place Place) error {
+	ranges := p.Ranges
+	if len(ranges) == 0 {
+		ranges = []block.Range{block.Range{Len: place.Device.Size()}.Inward(diff.Align)}
+	}
+	space, err := diff.NewLinear(place.Device, ranges)
+	if err != nil {
+		return fmt.Errorf("difference storage %s: %w", p.Path, err)
+	}
+	source := len(s.manifest().Sources)
+	if err := s.change(func(m *manifest) {
+		m.Sources = append(m.Sources, manifestSource{Path: p.Path, Size: space.Size(), Extents: ranges})
+	}); err != nil {
+		return err
+	}
+	return s.storage.Append(part{space, manifestArea{source, 0, space.Size()}, nil})
+}
+
+// discard gives back everything that a snapshot has on disk. Nothing uses it any more.
+func (s *Snapshot) discard() error {
+	if s.storage != nil {
+		s.storage.Close()
+	}
+	var errs []error
+	for _, f := range s.files {
+		errs = append(errs, f.Remove())
+	}
+	if s.set.cfg.Memory != "" {
+		errs = append(errs, remove(s.set.memory(s.id)))
+	}
+	return errors.Join(append(errs, remove(s.set.file(s.id)), vfs.OS{}.SyncDir(s.set.cfg.Dir))...)
+}
+
+func remove(name string) error {
+	if err := os.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,197 @@
+package snapshot
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"tidemark/internal/diff"
+	"tidemark/internal/filter/cow"
+)
+
+// restore takes up what an earlier process left.
+func (t *Set) restore() error {
+	if err := os.MkdirAll(t.cfg.Dir, 0o700); err != nil {
+		return err
+	}
+	names, err := filepath.Glob(filepath.Join(t.cfg.Dir, "*.json"))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, name := range names {
+		man, id, err := load(name)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		s := &Snapshot{set: t, id: id, man: man}
+		if man.State != stateTaken {
+			// Not taken when the process ended, or being destroyed: nobody has it.
+			if err := s.reopen(); err != nil {
+				errs = append(errs, fmt.Errorf("giving back the storage of snapshot %s: %w", man.ID, err))
+				continue
+			}
+			errs = append(errs, s.discard())
+			continue
+		}
+		if err := s.goOn(); err != nil {
+			s.lose(err)
+		}
+		t.m[id] = s
+	}
+	return errors.Join(errs...)
+}
+
+// lose declares a snapshot spoiled as a whole.
+func (s *Snapshot) lose(why error) {
+	s.lost = fmt.Errorf("snapshot %s: %w: %w", FormatID(s.id), diff.ErrSpoiled, why)
+	for _, d := range s.man.Devices {
+		s.events.add(diff.Event{Kind: diff.Corrupt, Device: d.Name, Err: why})
+	}
+}
+
+// reopen takes the files over again, where they are to be found.
+func (s *Snapshot) reopen() error {
+	var errs []error
+	for _, src := range s.man.Sources {
+		if !src.File {
+			continue
+		}
+		place, err := s.set.cfg.Locate(src.Path)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		f, err := diff.ReopenFile(src.Path, src.Limit, src.Size, place.Device, src.Extents)
+		if errors.Is(err, os.ErrNotExist) && s.man.State != stateTaken {
+			continue // given back already
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		s.files = append(s.files, f)
+	}
+	return errors.Join(errs...)
+}
+
+// goOn restores a taken snapshot, its images begun.
+func (s *Snapshot) goOn() error {
+	// The files first: also those of a snapshot that is spoiled are given back in the end.
+	if err := s.reopen(); err != nil {
+		return err
+	}
+	sameBoot := s.man.Boot == s.set.cfg.BootID
+	switch {
+	case s.man.Durable || s.man.Clean || sameBoot && s.man.Memory:
+	case sameBoot:
+		return errors.New("the daemon was killed, and had no memory that outlives it")
+	default:
+		return errors.New("the machine was not shut down in order, and the snapshot is not durable")
+	}
+	spaces, err := s.spaces()
+	if err != nil {
+		return err
+	}
+	var found map[diff.Key]diff.Found
+	if s.storage, found, err = diff.Recover(s.diffConfig(), spaces); err != nil {
+		return err
+	}
+	sealed, err := s.buffers(sameBoot, found)
+	if err != nil {
+		return err
+	}
+	if err := s.begin(found, sealed); err != nil {
+		return err
+	}
+	if err := s.change(func(m *manifest) { m.Clean, m.Boot = false, s.set.cfg.BootID }); err != nil {
+		return err
+	}
+	for i, f := range s.files {
+		s.storage.AddSource(grower{f, s.source(i)})
+	}
+	return nil
+}
+
+// source is the index in the manifest of the i-th file.
+func (s *Snapshot) source(i int) int {
+	for k, src := range s.man.Sources {
+		if src.File {
+			if i == 0 {
+				return k
+			}
+			i--
+		}
+	}
+	return -1
+}
+
+// spaces gives the areas, in the order in which they were appended.
+func (s *Snapshot) spaces() ([]diff.Space, error) {
+	var out []diff.Space
+	for _, a := range s.man.Areas {
+		src := s.man.Sources[a.Source]
+		if src.File {
+			i := slices.IndexFunc(s.files, func(f *diff.File) bool { return f.Name() == src.Path })
+			space, err := s.files[i].Space(a.Off, a.Len)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, space)
+			continue
+		}
+		place, err := s.set.cfg.Locate(src.Path)
+		if err != nil {
+			return nil, err
+		}
+		space, err := diff.NewLinear(place.Device, src.Extents)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, space)
+	}
+	return out, nil
+}
+
+// buffers takes over the chunks that a killed process had in memory.
+func (s *Snapshot) buffers(sameBoot bool, found map[diff.Key]diff.Found) ([]*diff.Buffer, error) {
+	var file *os.File
+	if s.man.Memory {
+		var err error
+		if file, err = os.OpenFile(s.set.memory(s.id), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+			return nil, err
+		}
+		defer file.Close()
+	}
+	if file == nil || s.man.Clean || !sameBoot {
+		if file != nil {
+			if err := file.Truncate(0); err != nil {
+				return nil, err
+			}
+		}
+		var err error
+		s.pending, err = diff.NewPending(s.storage, s.man.Buffers, file)
+		return nil, err
+	}
+	var sealed []*diff.Buffer
+	var err error
+	s.pending, sealed, err = diff.RecoverPending(s.storage, s.man.Buffers, file, found)
+	return sealed, err
+}
+
+func (s *Snapshot) begin(found map[diff.Key]diff.Found, sealed []*diff.Buffer) error {
+	for i, d := range s.man.Devices {
+		dev, err := s.set.cfg.Device(d.Name)
+		if err != nil {
+			return err
+		}
+		s.devices = append(s.devices, dev)
+		m := cow.Restore(dev.Cow, s.image(i), d.Size, found, sealed)
+		s.images = append(s.images, m)
+		dev.Cow.Begin(m)
+	}
+	return nil
+}

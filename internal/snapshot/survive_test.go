@@ -1,0 +1,266 @@
+package snapshot
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"tidemark/internal/block"
+	"tidemark/internal/diff"
+	"tidemark/internal/sim"
+	"tidemark/internal/testkit"
+)
+
+// fileDevice is an image file as a device; what was written to it is there after
+// the process was killed.
+type fileDevice struct {
+	*os.File
+	size int64
+}
+
+func (f fileDevice) Flush() error { return nil }
+func (f fileDevice) Size() int64  { return f.size }
+
+func openDevice(t *testing.T, name string) fileDevice {
+	t.Helper()
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	if err := f.Truncate(4 * mib); err != nil {
+		t.Fatal(err)
+	}
+	return fileDevice{f, 4 * mib}
+}
+
+// checkImages: every sector of every image is that of the instant.
+func checkImages(t *testing.T, set *Set, what string) {
+	t.Helper()
+	for _, i := range set.List() {
+		id, err := ParseID(i.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		images, err := set.Images(id)
+		if err != nil {
+			t.Errorf("%s: %v", what, err)
+			continue
+		}
+		for k, m := range images {
+			p := make([]byte, m.Image.Size())
+			if _, err := m.Image.ReadAt(p, 0); err != nil {
+				t.Errorf("%s: %v", what, err)
+				continue
+			}
+			seqs, err := testkit.Check(p, k, 0)
+			if err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+			if at := slices.IndexFunc(seqs, func(s uint64) bool { return s != 1 }); at >= 0 {
+				t.Errorf("%s: sector %d of image %d is of write %d", what, at, k, seqs[at])
+			}
+		}
+	}
+}
+
+// TestKilledAgainAndAgain: a process that writes under two snapshots, one of them
+// durable, is killed at any moment; the next one finds both whole and goes on.
+func TestKilledAgainAndAgain(t *testing.T) {
+	if dir := os.Getenv("TIDEMARK_SNAPSHOT_CHILD"); dir != "" {
+		child(t, dir)
+		return
+	}
+	dir := t.TempDir()
+	memory := dir
+	if m, err := os.MkdirTemp("/dev/shm", "tidemark-test-"); err == nil {
+		defer os.RemoveAll(m)
+		memory = m
+	}
+	rng := rand.New(rand.NewPCG(uint64(os.Getpid()), 1))
+	for range seeds(8) {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestKilledAgainAndAgain$", "-test.timeout=60s")
+		cmd.Env = append(os.Environ(), "TIDEMARK_SNAPSHOT_CHILD="+dir, "TIDEMARK_SNAPSHOT_MEMORY="+memory)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(out)
+		ready := false
+		for !ready && lines.Scan() {
+			if ready = lines.Text() == "ready"; !ready {
+				t.Log(lines.Text())
+			}
+		}
+		if !ready {
+			t.Fatalf("the child did not begin: %v", cmd.Wait())
+		}
+		time.Sleep(time.Duration(rng.IntN(60)) * time.Millisecond) // how far it comes is chance
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait()
+	}
+	// At last a stop in order, and another boot.
+	r := newRig(t, Config{Dir: filepath.Join(dir, "state"), Memory: memory, BootID: "one"}, openDevice(t, filepath.Join(dir, "0")), openDevice(t, filepath.Join(dir, "1")))
+	checkImages(t, r.set, "after the kills")
+	if err := r.set.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	r = newRig(t, Config{Dir: filepath.Join(dir, "state"), Memory: memory, BootID: "two"}, openDevice(t, filepath.Join(dir, "0")), openDevice(t, filepath.Join(dir, "1")))
+	if len(r.set.List()) != 2 {
+		t.Errorf("%+v", r.set.List())
+	}
+	checkImages(t, r.set, "after a stop and another boot")
+	for _, i := range r.set.List() {
+		id, _ := ParseID(i.ID)
+		if err := r.set.Destroy(id); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// child serves the devices until it is killed.
+func child(t *testing.T, dir string) {
+	r := newRig(t, Config{Dir: filepath.Join(dir, "state"), Memory: os.Getenv("TIDEMARK_SNAPSHOT_MEMORY"), BootID: "one"},
+		openDevice(t, filepath.Join(dir, "0")), openDevice(t, filepath.Join(dir, "1")))
+	if len(r.set.List()) == 0 {
+		for i, s := range r.stacks {
+			p := make([]byte, 4*mib)
+			testkit.Fill(p, i, 0, 1)
+			if _, err := s.WriteAt(p, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, durable := range []bool{false, true} {
+			r.taken(t, Request{Devices: []string{"d0", "d1"}, Durable: durable, Chunk: 16 << 10, Low: mib,
+				Storage: []Storage{{Path: filepath.Join(dir, fmt.Sprint("diff-", durable)), Limit: 24 * mib}}})
+		}
+	}
+	checkImages(t, r.set, "at the start")
+	if t.Failed() {
+		return
+	}
+	for i, s := range r.stacks {
+		for w := range uint64(2) {
+			go func() {
+				rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), w))
+				for seq := uint64(2); ; seq++ {
+					off := rng.Int64N(4*mib/512-40) * 512
+					p := make([]byte, 512*(1+rng.IntN(40)))
+					testkit.Fill(p, i, off, seq)
+					if _, err := s.WriteAt(p, off); err != nil {
+						fmt.Println(err)
+						os.Exit(1)
+					}
+				}
+			}()
+		}
+	}
+	fmt.Println("ready")
+	time.Sleep(50 * time.Second)
+}
+
+// TestPowerLoss: durable snapshots are whole after it, whatever the caches lost;
+// others are declared spoiled, by name, and can be destroyed.
+func TestPowerLoss(t *testing.T) {
+	var durableKept, spoiled int
+	for seed := range seeds(12) {
+		rng := rand.New(rand.NewPCG(seed, 9))
+		durable := rng.IntN(4) > 0
+		disk, store := sim.NewCrashDisk(seed, mib), sim.NewCrashDisk(seed+1000, 3*mib)
+		var cut atomic.Bool // for both at once
+		disk.Off, store.Off = &cut, &cut
+		locate := func(string) (Place, error) { return Place{Device: store}, nil }
+		cfg := Config{Dir: t.TempDir(), BootID: "one", Locate: locate}
+		r := newRig(t, cfg, disk)
+		p := make([]byte, mib)
+		testkit.Fill(p, 0, 0, 1)
+		if _, err := r.stacks[0].WriteAt(p, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.stacks[0].Flush(); err != nil {
+			t.Fatal(err)
+		}
+		id, _ := r.taken(t, Request{Devices: []string{"d0"}, Durable: durable, Chunk: 4096 << rng.IntN(3), Storage: []Storage{{Path: "store"}}})
+		var stop atomic.Bool
+		var load sync.WaitGroup
+		var writes atomic.Int64
+		for w := range uint64(3) {
+			load.Go(func() {
+				rng := rand.New(rand.NewPCG(seed, w))
+				for seq := uint64(2); !stop.Load(); seq++ {
+					off := rng.Int64N(mib/512-20) * 512
+					q := make([]byte, 512*(1+rng.IntN(20)))
+					testkit.Fill(q, 0, off, seq)
+					if _, err := r.stacks[0].WriteAt(q, off); err != nil && !errors.Is(err, sim.ErrCrashed) {
+						t.Error(err)
+					}
+					writes.Add(1)
+				}
+			})
+		}
+		for writes.Load() < int64(5+rng.IntN(100)) {
+			time.Sleep(100 * time.Microsecond)
+		}
+		cut.Store(true)
+		stop.Store(true)
+		load.Wait()
+		disk, store = disk.Crash(), store.Crash()
+		cfg.BootID = "two"
+		again := newRig(t, cfg, disk)
+		info := again.set.List()
+		if len(info) != 1 || info[0].ID != FormatID(id) {
+			t.Fatalf("seed %d: %+v", seed, info)
+		}
+		if !durable {
+			spoiled++
+			if _, err := again.set.Images(id); info[0].State != "spoiled" || !errors.Is(err, diff.ErrSpoiled) {
+				t.Errorf("seed %d: %+v, %v", seed, info[0], err)
+			}
+			if events, err := again.set.Events(id); err != nil || len(events) != 1 || events[0].Kind != diff.Corrupt {
+				t.Errorf("seed %d: %+v, %v", seed, events, err)
+			}
+		} else {
+			durableKept++
+			checkImages(t, again.set, fmt.Sprint("seed ", seed))
+		}
+		if err := again.set.Destroy(id); err != nil {
+			t.Errorf("seed %d: %v", seed, err)
+		}
+		if left, _ := os.ReadDir(again.cfg.Dir); len(left) != 0 {
+			t.Errorf("seed %d: left behind: %v", seed, left)
+		}
+	}
+	if durableKept == 0 || spoiled == 0 {
+		t.Errorf("%d durable, %d not", durableKept, spoiled)
+	}
+}
+
+// TestNotTakenIsGivenBack: what was not taken when the process ended is nobody's.
+func TestNotTakenIsGivenBack(t *testing.T) {
+	cfg := Config{Dir: t.TempDir()}
+	r := newRig(t, cfg, sim.NewDisk(mib))
+	path := filepath.Join(t.TempDir(), "diff")
+	if _, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: path, Limit: mib}}}); err != nil {
+		t.Fatal(err)
+	}
+	r = newRig(t, cfg, sim.NewDisk(mib))
+	if _, err := os.Stat(path); !os.IsNotExist(err) || len(r.set.List()) != 0 {
+		t.Errorf("%v, %+v", err, r.set.List())
+	}
+}
+
+var _ block.Device = fileDevice{}
