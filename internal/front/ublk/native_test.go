@@ -64,7 +64,7 @@ func TestErrno(t *testing.T) {
 
 func TestConfig(t *testing.T) {
 	c, err := Config{}.normal(16)
-	if err != nil || c.Queues != 4 || c.Depth != 64 || c.MaxIO != 512<<10 {
+	if err != nil || c.Queues != 4 || c.Depth != 32 || c.MaxIO != 256<<10 {
 		t.Errorf("%+v, %v", c, err)
 	}
 	for _, bad := range []Config{{Queues: -1}, {Queues: 65}, {Depth: 4097}, {MaxIO: 4095}, {MaxIO: 12 << 10}, {MaxIO: 64 << 20}} {

@@ -59,6 +59,10 @@ func newQueue(s *Server, number int) (*queue, error) {
 	if q.memory, err = uring.Memory(s.depth*s.maxIO + page); err != nil {
 		return q, err
 	}
+	// All of it now: a request must not wait for memory that it is to free.
+	if err = unix.Madvise(q.memory, unix.MADV_POPULATE_WRITE); err != nil {
+		return q, fmt.Errorf("%d bytes of memory for the requests of queue %d: %w", len(q.memory), number, err)
+	}
 	if q.waker, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
 		return q, fmt.Errorf("eventfd: %w", err)
 	}

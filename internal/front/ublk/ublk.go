@@ -50,11 +50,12 @@ var (
 	ErrLeft = errors.New("the server has left its device")
 )
 
-// Config of a device. Zeroes are defaults.
+// Config of a device. Zeroes are defaults. Serving takes Queues times Depth
+// times MaxIO of memory, 32 MiB at most by default.
 type Config struct {
 	Queues int    // 1 to 64; default: as many as processors, 4 at most
-	Depth  int    // requests at a time in each queue, 1 to 4096; default 64
-	MaxIO  int    // bytes of the largest request, a power of two from 4096; default 512 KiB
+	Depth  int    // requests at a time in each queue, 1 to 4096; default 32
+	MaxIO  int    // bytes of the largest request, a power of two from 4096; default 256 KiB
 	Token  uint64 // the caller's own, kept by the kernel: see Info
 
 	plain bool // for tests: what a kernel without ioctl encoding and user copy gets
@@ -63,7 +64,7 @@ type Config struct {
 const (
 	queuesMax   = 64
 	depthMax    = 4096
-	defaultMax  = 512 << 10
+	defaultMax  = 256 << 10
 	commandWait = 20 * time.Second // for the kernel to answer where no context bounds it
 )
 
@@ -74,7 +75,7 @@ func (c Config) normal(processors int) (Config, error) {
 		}
 	}
 	set(&c.Queues, min(processors, 4))
-	set(&c.Depth, 64)
+	set(&c.Depth, 32)
 	set(&c.MaxIO, defaultMax)
 	if c.Queues < 1 || c.Queues > queuesMax || c.Depth < 1 || c.Depth > depthMax ||
 		c.MaxIO < 4096 || c.MaxIO > 32<<20 || c.MaxIO&(c.MaxIO-1) != 0 {

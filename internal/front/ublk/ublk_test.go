@@ -94,7 +94,7 @@ func requests(t *testing.T, s *served) {
 func limits(t *testing.T, s *served) {
 	for name, want := range map[string]int64{
 		"logical_block_size": s.order.Logical, "physical_block_size": 4096, "discard_granularity": 8192,
-		"discard_max_bytes": 1 << 20, "write_zeroes_max_bytes": 2 << 20, "max_hw_sectors_kb": 512, "fua": 1,
+		"discard_max_bytes": 1 << 20, "write_zeroes_max_bytes": 2 << 20, "max_hw_sectors_kb": 256, "fua": 1,
 	} {
 		b, err := os.ReadFile(fmt.Sprintf("/sys/block/%s/queue/%s", filepath.Base(s.path), name))
 		if err != nil || strings.TrimSpace(string(b)) != fmt.Sprint(want) {
