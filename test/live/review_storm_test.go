@@ -25,7 +25,7 @@ func TestKillStorm(t *testing.T) {
 		o := newOrder(t, rng, 32<<10, "--ring-size", ring, "--seal-every", "20ms", "--segment-size", "128K", extra.Path)
 		o.names = o.names[1:]
 		o.noise = append(o.noise, noise{open(t, extra.Path, unix.O_DIRECT), 0, orderDisk / 2}, noise{open(t, extra.Path, 0), orderDisk / 2, orderDisk})
-		for round := range 2 {
+		for round := range 1 {
 			o.write(func() {
 				for range 4 {
 					o.counted(rng.Uint64N(200))
