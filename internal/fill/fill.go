@@ -194,6 +194,9 @@ func (e *Engine) splice(d *diskState, a, b int64, with []piece) {
 // Remaining is how many bytes of a disk are unknown.
 func (e *Engine) Remaining(disk int) int64 { return e.disks[disk].bytes }
 
+// Pieces is how many runs of unknown blocks are kept: what memory goes into.
+func (e *Engine) Pieces() int { return e.pieces }
+
 // Unknown gives a disk's unknown ranges, in order.
 func (e *Engine) Unknown(disk int) []block.Range {
 	var out []block.Range

@@ -222,7 +222,7 @@ func (s *session) openDropGap() error {
 	} else {
 		s.lostCounted = lost(c)
 	}
-	return s.openGap(cause, peek.Ranges, peek.Drops)
+	return s.openGap(cause, s.bounded(peek.Ranges), peek.Drops)
 }
 
 // lost is how many writes of the group lost their payload, whole disks counted once.
