@@ -38,12 +38,12 @@ func (c calibration) at(page uint64, offset uint32) uint64 {
 // history, so the answer is then proven on pages that it was not found with, of
 // every kind and to the last byte (prove). Nothing of the user's is touched. An
 // error means that payloads cannot be captured on this machine.
-func calibrate() (calibration, error) {
-	stride, err := structPageSize()
+func calibrate(types *btf.Cache) (calibration, error) {
+	stride, err := structPageSize(types)
 	if err != nil {
 		return calibration{}, err
 	}
-	lab, err := newLab()
+	lab, err := newLab(types)
 	if err != nil {
 		return calibration{}, err
 	}
@@ -223,7 +223,7 @@ type lab struct {
 	link link.Link
 }
 
-func newLab() (_ *lab, err error) {
+func newLab(types *btf.Cache) (_ *lab, err error) {
 	l := &lab{}
 	defer func() {
 		if err != nil {
@@ -240,7 +240,7 @@ func newLab() (_ *lab, err error) {
 	if err := spec.Variables["scratch_dev"].Set(l.disk.dev); err != nil {
 		return nil, err
 	}
-	if l.coll, err = ebpf.NewCollection(spec); err != nil {
+	if l.coll, err = ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Cache: types}); err != nil {
 		return nil, fmt.Errorf("loading the calibration: %w", err)
 	}
 	l.link, err = link.AttachTracing(link.TracingOptions{Program: l.coll.Programs["look"]})
@@ -279,8 +279,8 @@ func (l *lab) fetch(addr uint64) ([]byte, error) {
 	return l.coll.Maps["fetched"].LookupBytes(uint32(0))
 }
 
-func structPageSize() (uint64, error) {
-	spec, err := btf.LoadKernelSpec()
+func structPageSize(types *btf.Cache) (uint64, error) {
+	spec, err := types.Kernel()
 	if err != nil {
 		return 0, fmt.Errorf("the kernel's type information: %w", err)
 	}

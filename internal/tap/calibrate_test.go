@@ -5,20 +5,23 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/cilium/ebpf/btf"
+
 	"tidemark/internal/testkit"
 )
 
 // TestCalibration: found twice, the answer is the same, and a wrong one is not believed.
 func TestCalibration(t *testing.T) {
 	testkit.Need(t, "root", "loop", "tap")
-	c, err := calibrate()
+	types := btf.NewCache()
+	c, err := calibrate(types)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if again, err := calibrate(); err != nil || again != c {
+	if again, err := calibrate(types); err != nil || again != c {
 		t.Errorf("%+v, then %+v, %v", c, again, err)
 	}
-	l, err := newLab()
+	l, err := newLab(types)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,8 +17,8 @@ var operations = map[string]uint64{
 
 // checkKernel holds what the programs take for granted, and do not have
 // relocated when they are loaded, against the kernel's own types.
-func checkKernel() error {
-	spec, err := btf.LoadKernelSpec()
+func checkKernel(types *btf.Cache) error {
+	spec, err := types.Kernel()
 	if err != nil {
 		return fmt.Errorf("%w: its type information (CONFIG_DEBUG_INFO_BTF): %w", ErrKernel, err)
 	}

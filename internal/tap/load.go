@@ -14,6 +14,7 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
@@ -46,7 +47,8 @@ func Start(cfg Config) (*Tap, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(checkKernel(), rlimit.RemoveMemlock(), mountBPFFS()); err != nil {
+	types := btf.NewCache() // read once: it is the most expensive part
+	if err := errors.Join(checkKernel(types), rlimit.RemoveMemlock(), mountBPFFS()); err != nil {
 		return nil, err
 	}
 	if _, err := os.Stat(p.path("meta")); err == nil {
@@ -59,7 +61,7 @@ func Start(cfg Config) (*Tap, error) {
 	if _, err := rand.Read(t.ident[:]); err != nil {
 		return nil, err
 	}
-	if err := t.start(bpf.Tap, layout); err != nil {
+	if err := t.start(bpf.Tap, layout, types); err != nil {
 		return nil, errors.Join(err, t.Remove())
 	}
 	return t, nil
@@ -129,7 +131,7 @@ func (t *Tap) hooks() []string {
 // allHooks are those that there are programs for.
 var allHooks = []string{"queue", "rq_complete", "bio_complete", "rq_issue"}
 
-func (t *Tap) start(object []byte, layout int) error {
+func (t *Tap) start(object []byte, layout int, types *btf.Cache) error {
 	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(object))
 	if err != nil {
 		return err
@@ -138,7 +140,7 @@ func (t *Tap) start(object []byte, layout int) error {
 	spec.Maps["change"].MaxEntries = changePages
 	spec.Maps["gaps"].MaxEntries = gapPages
 	spec.Maps["ring"].MaxEntries = uint32(t.ringSize)
-	coll, err := ebpf.NewCollection(spec)
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Cache: types})
 	if err != nil {
 		return fmt.Errorf("loading the tap's programs: %w", err)
 	}
@@ -146,7 +148,7 @@ func (t *Tap) start(object []byte, layout int) error {
 	if err := t.adoptMaps(coll.Maps); err != nil {
 		return err
 	}
-	t.setUp()
+	t.setUp(types)
 	if err := t.putTargets(); err != nil {
 		return err
 	}
@@ -241,7 +243,7 @@ func (t *Tap) mapRing() error {
 
 // setUp fills the state in that the programs read. Ends are tracked from the
 // start: bios older than the tap are on their way.
-func (t *Tap) setUp() {
+func (t *Tap) setUp(types *btf.Cache) {
 	*t.state = state{RingSize: t.ringSize, PayloadMax: min(t.ringSize/4, payloadMax), Ends: endsOn, Change: 1}
 	for _, target := range t.targets {
 		if target.BioBased {
@@ -253,7 +255,7 @@ func (t *Tap) setUp() {
 		t.state.Payload, t.state.Ends, t.noPayload = payloadMap, endsOff, ErrMetadataOnly
 		return
 	}
-	t.calibrate()
+	t.calibrate(types)
 }
 
 // watchControllers has the programs look at commands of no disk where one of the
@@ -268,12 +270,12 @@ func (t *Tap) watchControllers() {
 
 // calibrate has payloads captured from now on, if it can be shown that they are
 // the right ones. Otherwise only ranges are, and noPayload says why.
-func (t *Tap) calibrate() {
+func (t *Tap) calibrate(types *btf.Cache) {
 	if t.options.MetadataOnly {
 		t.noPayload = ErrMetadataOnly
 		return
 	}
-	c, err := calibrate()
+	c, err := calibrate(types)
 	if t.noPayload = err; err != nil {
 		return
 	}
@@ -377,19 +379,20 @@ func Adopt(instance, group string) (*Tap, error) {
 		return nil, err
 	}
 	t := &Tap{pins: p, targets: m.Targets, ident: m.Identity, ringSize: uint64(m.Ring), options: m.Options, meta: m}
-	if err := t.adopt(); err != nil {
+	types := btf.NewCache()
+	if err := t.adopt(types); err != nil {
 		return nil, errors.Join(fmt.Errorf("taking over the tap of group %s: %w", group, err), t.Close())
 	}
 	switch atomic.LoadUint32(&t.state.Payload) {
 	case payloadNo:
-		t.calibrate() // what stood in its way may be gone
+		t.calibrate(types) // what stood in its way may be gone
 	case payloadMap:
 		t.noPayload = ErrMetadataOnly
 	}
 	return t, nil
 }
 
-func (t *Tap) adopt() error {
+func (t *Tap) adopt(types *btf.Cache) error {
 	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(bpf.Tap))
 	if err != nil {
 		return err
@@ -416,18 +419,18 @@ func (t *Tap) adopt() error {
 			return errors.Join(t.loadStubs(), t.mapMemory())
 		}
 	}
-	return t.upgrade(spec)
+	return t.upgrade(spec, types)
 }
 
 // upgrade puts the programs of spec in the place of those that the tap has.
-func (t *Tap) upgrade(spec *ebpf.CollectionSpec) error {
+func (t *Tap) upgrade(spec *ebpf.CollectionSpec, types *btf.Cache) error {
 	for _, h := range allHooks {
 		delete(spec.Programs, "stub_"+h)
 	}
 	spec.Maps["change"].MaxEntries = t.maps["change"].MaxEntries()
 	spec.Maps["gaps"].MaxEntries = t.maps["gaps"].MaxEntries()
 	spec.Maps["ring"].MaxEntries = uint32(t.ringSize)
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: t.maps})
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: t.maps, Cache: types})
 	if err != nil {
 		return fmt.Errorf("loading the tap's programs: %w", err)
 	}

@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/cilium/ebpf/btf"
+
 	"tidemark/internal/testkit"
 )
 
@@ -34,7 +36,8 @@ func TestOlderLayout(t *testing.T) {
 	}
 	target := targetFor(t, d)
 	old := &Tap{pins: p, targets: []Target{target}, ringSize: 128 << 20, ident: [16]byte{1}}
-	if err := errors.Join(checkKernel(), mountBPFFS(), old.start(layout3, 3)); err != nil {
+	types := btf.NewCache()
+	if err := errors.Join(checkKernel(types), mountBPFFS(), old.start(layout3, 3, types)); err != nil {
 		t.Fatalf("%+v", err)
 	}
 	r := newReplica(t, old, d)
