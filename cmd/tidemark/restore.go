@@ -54,6 +54,9 @@ may have held something else are listed.`,
 			Progress: func(p restore.Progress) { bar.Set(p.Verified, p.Total) },
 		})
 		bar.Done()
+		if errors.Is(err, restore.ErrInterrupted) {
+			return interrupted{"the same command goes on where it was"}
+		}
 		if err != nil {
 			return err
 		}

@@ -211,19 +211,21 @@ func TestRestoreFuzzy(t *testing.T) {
 	}
 }
 
-// TestRestoreKilled: killed at random moments and called again, it goes on
-// where it was and the result is the same.
+// TestRestoreKilled: killed and interrupted at random moments and called again,
+// it goes on where it was and the result is the same.
 func TestRestoreKilled(t *testing.T) {
-	const size, unit = 448 << 20, 4 << 20
+	const size, unit = 512 << 20, 4 << 20
 	w := tell(t, size)
 	content := w.firstCopy()
 	w.put()
 	targets := []string{filepath.Join(w.dir, "disk")}
-	states := []string{targets[0] + ".tidemark-restore"}
 	if os.Geteuid() == 0 {
 		d := testkit.NewDisk(t, size)
-		targets = append(targets, d.Path)
-		states = append(states, "/run/tidemark/restore-"+filepath.Base(d.Path)+".state")
+		targets = []string{filepath.Join(filepath.Dir(d.File), "image"), d.Path} // in memory, both of them
+	}
+	states := []string{targets[0] + ".tidemark-restore"}
+	for _, dev := range targets[1:] {
+		states = append(states, "/run/tidemark/restore-"+filepath.Base(dev)+".state")
 		t.Cleanup(func() { _ = os.Remove(states[1]) }) // there only where the test has failed
 	}
 	seed := uint64(time.Now().UnixNano())
@@ -232,8 +234,15 @@ func TestRestoreKilled(t *testing.T) {
 	resumed := 0
 	for i, to := range targets {
 		args := []string{"restore", "--vault", w.v.Dir(), "g", "--at", "latest", "--to", to, "--json"}
-		for _, batches := range []int64{0, 1, 1} {
-			killAt(t, args, func() bool { return noted(states[i]) >= batches*32 }, time.Duration(rng.IntN(60))*time.Millisecond)
+		for _, c := range []struct {
+			batches int64
+			signal  syscall.Signal
+		}{{0, syscall.SIGKILL}, {1, syscall.SIGKILL}, {2, syscall.SIGINT}} {
+			moment := func() bool { return noted(states[i]) >= c.batches*32 }
+			code, errs := endAt(t, args, c.signal, moment, time.Duration(rng.IntN(50))*time.Millisecond)
+			if c.signal == syscall.SIGINT && code != exitOK && (code != exitInterrupted || !strings.Contains(errs, "the same command goes on where it was")) {
+				t.Errorf("interrupted: code %d, %s", code, errs)
+			}
 		}
 		had := noted(states[i])
 		if had < 0 { // it was done before it was killed
@@ -263,17 +272,20 @@ func TestRestoreKilled(t *testing.T) {
 	}
 }
 
-// killAt starts the program and kills it some time after the moment has come;
-// it may have ended by itself by then.
-func killAt(t *testing.T, args []string, moment func() bool, after time.Duration) {
+// endAt starts the program and signals it some time after the moment has come;
+// it may have ended by itself by then. A killed one has the code -1.
+func endAt(t *testing.T, args []string, signal syscall.Signal, moment func() bool, after time.Duration) (code int, stderr string) {
 	t.Helper()
+	var errs bytes.Buffer
 	cmd := exec.Command(program.Binary(t), args...)
+	cmd.Stderr = &errs
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	ended := make(chan struct{})
 	go func() { _ = cmd.Wait(); close(ended) }()
-	program.Eventually(t, time.Minute, "the moment to kill", func() error {
+	defer time.AfterFunc(3*time.Minute, func() { _ = cmd.Process.Kill() }).Stop()
+	program.Eventually(t, 3*time.Minute, "the moment to end it", func() error {
 		select {
 		case <-ended:
 			return nil
@@ -288,8 +300,9 @@ func killAt(t *testing.T, args []string, moment func() bool, after time.Duration
 	case <-ended:
 	case <-time.After(after):
 	}
-	_ = cmd.Process.Kill()
+	_ = cmd.Process.Signal(signal) // it may have ended
 	<-ended
+	return cmd.ProcessState.ExitCode(), errs.String()
 }
 
 // noted is how many units a state file says are done; -1 where there is none.
