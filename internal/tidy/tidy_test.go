@@ -66,7 +66,7 @@ var layer = map[string][]string{
 	"internal/filter/delay":   {"internal/block", "internal/health", "internal/stack"},
 	"internal/filter/fault":   {"internal/block", "internal/health", "internal/stack"},
 	"internal/filter/log":     {"internal/block", "internal/health", "internal/stack"},
-	"internal/filter/example": {"internal/block", "internal/health", "internal/stack"},
+	"internal/filter/example": {"internal/block", "internal/health", "internal/stack", "internal/filter/..."},
 	"internal/snapshot": {"internal/block", "internal/cbt", "internal/diff", "internal/health", "internal/filter/barrier", "internal/filter/cow",
 		"internal/filter/track", "internal/stack", "internal/vfs"},
 	"internal/front/ublk": {"internal/block", "internal/abi/ublk", "internal/uring"},
