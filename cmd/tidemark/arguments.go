@@ -63,15 +63,16 @@ func checkRequired(cmd *cobra.Command, _ []string) (err error) {
 }
 
 // unknownVerb is what comes of a first word that is no verb.
-func unknownVerb(root *cobra.Command, args []string) error {
+func unknownVerb(above *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
 	}
-	hint := "tidemark --help lists the verbs."
-	if like := root.SuggestionsFor(args[0]); len(like) > 0 {
+	hint := above.CommandPath() + " --help lists the verbs."
+	if like := above.SuggestionsFor(args[0]); len(like) > 0 {
 		hint = "Did you mean: " + strings.Join(like, ", ") + "?"
 	}
-	return usageError{fmt.Errorf("there is no verb %q\n  %s", args[0], hint)}
+	_, path, _ := strings.Cut(above.CommandPath()+" "+args[0], " ")
+	return usageError{fmt.Errorf("there is no verb %q\n  %s", path, hint)}
 }
 
 // addHelpers adds help and completion, which refuse what they do not know.

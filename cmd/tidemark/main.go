@@ -105,7 +105,30 @@ A first round trip:
 		}
 	}
 	addHelpers(root)
+	arrange(root)
 	return root
+}
+
+// arrange puts the verbs under headings, and gives those with verbs below them
+// the same answer to a word that is none.
+func arrange(root *cobra.Command) {
+	for _, heading := range []struct{ id, title, verbs string }{
+		{"protect", "Protect live disks:", "daemon protect unprotect status bookmark doctor"},
+		{"recover", "Recover, straight from a vault:", "points restore export mount verify"},
+		{"serve", "Serve devices:", "device cbt snapshot drain"},
+	} {
+		root.AddGroup(&cobra.Group{ID: heading.id, Title: heading.title})
+		for _, c := range root.Commands() {
+			if slices.Contains(strings.Fields(heading.verbs), c.Name()) {
+				c.GroupID = heading.id
+			}
+		}
+	}
+	for _, c := range root.Commands() {
+		if c.HasSubCommands() && c.Name() != "completion" {
+			c.Args, c.SuggestionsMinimumDistance = unknownVerb, root.SuggestionsMinimumDistance
+		}
+	}
 }
 
 // allCommands are the verbs and the verbs below them.

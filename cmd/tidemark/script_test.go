@@ -159,14 +159,20 @@ func fields(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// TestEveryVerbHasExamples: --help shows how each verb is used, and the examples are of that verb.
+// TestEveryVerbHasExamples: --help shows how each verb is used, with examples of
+// that verb, and under which heading it belongs.
 func TestEveryVerbHasExamples(t *testing.T) {
-	for _, c := range newRoot().Commands() {
-		if c.Hidden || slices.Contains([]string{"help", "completion"}, c.Name()) {
+	root := newRoot()
+	for _, c := range allCommands(root) {
+		own := slices.Contains([]string{"help", "completion"}, c.Name()) || c.Parent().Name() == "completion"
+		if c.Hidden || own {
 			continue
 		}
-		if !strings.Contains(c.Example, "tidemark "+c.Name()) || c.Short == "" {
-			t.Errorf("%s: no example of its own, or no summary", c.Name())
+		if !c.HasSubCommands() && !strings.Contains(c.Example, c.CommandPath()) || c.Short == "" {
+			t.Errorf("%s: no example of its own, or no summary", c.CommandPath())
+		}
+		if c.Parent() == root && c.GroupID == "" && c.Name() != "man" {
+			t.Errorf("%s: under no heading of --help", c.CommandPath())
 		}
 	}
 }

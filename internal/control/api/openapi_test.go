@@ -1,8 +1,10 @@
 package api
 
 import (
+	"encoding"
 	"encoding/json"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -13,8 +15,15 @@ import (
 type document struct {
 	Paths      map[string]map[string]json.RawMessage
 	Components struct {
-		Schemas map[string]struct{ Properties map[string]json.RawMessage }
+		Schemas map[string]schema
 	}
+}
+
+type schema struct {
+	Type       string
+	Ref        string `json:"$ref"`
+	Enum       []string
+	Properties map[string]schema
 }
 
 // TestOpenAPIRoutes holds the description against the handlers, both ways.
@@ -53,11 +62,19 @@ func TestOpenAPISchemas(t *testing.T) {
 		"ResizeRequest": reflect.TypeFor[ResizeRequest](), "ChangeMap": reflect.TypeFor[ChangeMap](), "ByteRange": reflect.TypeFor[ByteRange](),
 		"ChangesRequest": reflect.TypeFor[ChangesRequest](), "MarkRequest": reflect.TypeFor[MarkRequest](),
 	}
+	for name := range doc.Components.Schemas {
+		if _, ok := types[name]; !ok && !slices.Contains([]string{"Error", "Changes"}, name) { // an envelope, and one with another type in it
+			t.Errorf("schema %s is no type of this package", name)
+		}
+	}
 	for name, typ := range types {
 		var want, got []string
 		for i := range typ.NumField() {
 			field, _, _ := strings.Cut(typ.Field(i).Tag.Get("json"), ",")
 			want = append(want, field)
+			if has, is := doc.Components.Schemas[name].Properties[field], kind(typ.Field(i).Type); has.Type != is && has.Ref == "" {
+				t.Errorf("schema %s: %s is a %s, described as %q", name, field, is, has.Type)
+			}
 		}
 		for p := range doc.Components.Schemas[name].Properties {
 			got = append(got, p)
@@ -67,5 +84,59 @@ func TestOpenAPISchemas(t *testing.T) {
 		if !slices.Equal(want, got) {
 			t.Errorf("schema %s has %q, the type %q", name, got, want)
 		}
+	}
+}
+
+// kind is how a value of a Go type looks in JSON.
+func kind(t reflect.Type) string {
+	if t.Implements(reflect.TypeFor[encoding.TextMarshaler]()) {
+		return "string"
+	}
+	switch t.Kind() {
+	case reflect.String:
+		return "string"
+	case reflect.Bool:
+		return "boolean"
+	case reflect.Float64:
+		return "number"
+	case reflect.Slice:
+		return "array"
+	case reflect.Struct, reflect.Map:
+		return "object"
+	}
+	return "integer"
+}
+
+// TestOpenAPIErrorCodes: a client finds every code that it may be given.
+func TestOpenAPIErrorCodes(t *testing.T) {
+	var doc document
+	if err := json.Unmarshal(openAPI, &doc); err != nil {
+		t.Fatal(err)
+	}
+	described := slices.Sorted(slices.Values(doc.Components.Schemas["Error"].Properties["error"].Properties["code"].Enum))
+	var given []string
+	for code := range httpStatus {
+		given = append(given, string(code))
+	}
+	slices.Sort(given)
+	if !slices.Equal(described, given) {
+		t.Errorf("described are\n%q\nbut given are\n%q", described, given)
+	}
+}
+
+// TestOpenAPIReferences: what the description refers to is in it.
+func TestOpenAPIReferences(t *testing.T) {
+	var doc document
+	if err := json.Unmarshal(openAPI, &doc); err != nil {
+		t.Fatal(err)
+	}
+	refs := regexp.MustCompile(`"#/components/schemas/(\w+)"`).FindAllSubmatch(openAPI, -1)
+	for _, m := range refs {
+		if _, ok := doc.Components.Schemas[string(m[1])]; !ok {
+			t.Errorf("schema %s is referred to and not described", m[1])
+		}
+	}
+	if len(refs) == 0 {
+		t.Error("no reference was found: this test no longer sees them")
 	}
 }
