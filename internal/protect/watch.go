@@ -26,6 +26,7 @@ type watched struct {
 // writes that programs were skipped for, commands past the block layer, and
 // more bytes written than were traced. Each makes the disks unknown as a whole.
 func (s *session) watch() error {
+	s.checkClock(time.Now())
 	for i := range s.disks {
 		if err := s.glance(i); err != nil {
 			return err
