@@ -124,9 +124,7 @@ func digestOf(footer []byte) Digest {
 	return Digest(sum[:16])
 }
 
-// stateSize is how many bytes appendState adds.
-const stateSize = 64
-
+// appendState adds 64 bytes.
 func appendState(b []byte, s *State) []byte {
 	b = append(b, s.Source.Ring[:]...)
 	b = le.AppendUint64(b, s.Source.Place)
