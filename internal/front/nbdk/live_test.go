@@ -76,6 +76,7 @@ func serveImage(path string) error {
 	}
 	fmt.Println("ready", d.Path)
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		switch word, arg, _ := strings.Cut(lines.Text(), " "); word {
 		case "resize":
 			size, _ := strconv.ParseInt(arg, 10, 64)
@@ -87,6 +88,7 @@ func serveImage(path string) error {
 		case "done":
 			<-d.Done()
 		}
+		cancel()
 		if err != nil {
 			fmt.Println("error", err)
 		} else {
@@ -297,8 +299,8 @@ func TestReconnectUnderLoad(t *testing.T) {
 			}
 			testkit.Mkfs(t, s.node, "ext4")
 			dir := testkit.Mount(t, s.node)
-			fio := exec.Command("fio", "--name=load", "--directory="+dir, "--size=24M", "--rw=randwrite", "--bsrange=4k-64k", "--ioengine=libaio",
-				"--iodepth=8", "--direct=1", "--verify=crc32c", "--verify_fatal=1", "--loops=2", "--fsync=64", "--rate_iops=150", "--output-format=terse")
+			fio := exec.Command("fio", "--name=load", "--directory="+dir, "--size=16M", "--rw=randwrite", "--bsrange=4k-64k", "--ioengine=libaio",
+				"--iodepth=8", "--direct=1", "--verify=crc32c", "--verify_fatal=1", "--fsync=64", "--time_based", "--runtime=15", "--loops=100", "--output-format=terse")
 			var out bytes.Buffer
 			fio.Stdout, fio.Stderr = &out, &out
 			if err := fio.Start(); err != nil {
