@@ -42,7 +42,7 @@ func TestOlderLayout(t *testing.T) {
 	}
 	r := newReplica(t, old, d)
 	fio := exec.Command("fio", "--name=load", "--filename="+d.Path, "--rw=randwrite", "--bsrange=512-64k", "--blockalign=512",
-		"--direct=1", "--ioengine=psync", "--numjobs=2", "--offset_increment=8m", "--io_size=16m", "--size=8m", "--rate_iops=2000", "--thread", "--randrepeat=0")
+		"--direct=1", "--ioengine=psync", "--numjobs=2", "--offset_increment=8m", "--io_size=8m", "--size=8m", "--rate_iops=2000", "--thread", "--randrepeat=0")
 	ended := make(chan error, 1)
 	go func() {
 		out, err := fio.CombinedOutput()
