@@ -75,7 +75,14 @@ func TestLife(t *testing.T) {
 		t.Errorf("%+v", info)
 	}
 	waiting := make(chan error)
-	go func() { _, err := r.set.Wait(t.Context(), id); waiting <- err }()
+	go func() {
+		for {
+			if _, err := r.set.Wait(t.Context(), id); err != nil {
+				waiting <- err
+				return
+			}
+		}
+	}()
 	if err := r.set.Destroy(id); err != nil {
 		t.Fatal(err)
 	}
