@@ -19,16 +19,7 @@ func TestBoundedGaps(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	scattered := func(n int) (out []block.DiskRange) {
 		for disk := range 2 {
-			at := map[int64]bool{}
-			for range n {
-				at[rng.Int64N(blocks)] = true
-			}
-			var sorted []int64
-			for b := range at {
-				sorted = append(sorted, b)
-			}
-			slices.Sort(sorted)
-			for _, b := range sorted {
+			for b := rng.Int64N(5); b < blocks && len(out) < (disk+1)*n; b += 2 + rng.Int64N(18) {
 				out = append(out, block.DiskRange{Disk: disk, Range: block.Range{Off: b * blockSize, Len: blockSize}})
 			}
 		}
