@@ -190,6 +190,24 @@ func (h *History) entries(ctx context.Context, i int, fn func(*segment.Entry)) e
 	return o.Close()
 }
 
+// spoiltFrom is the lowest position of a record whose payload lies in a damaged
+// frame of a segment, whichever of them a reader met first; 0: none does.
+func (h *History) spoiltFrom(ctx context.Context, i int) (from stream.Position, err error) {
+	o, err := h.vault.OpenSegment(ctx, h.group, h.refs[i])
+	if err != nil {
+		return 0, err
+	}
+	o.Check(func(lo, hi uint64, _ error) {
+		for j := range o.Len() {
+			e := o.Entry(j)
+			if e.HasPayload() && e.At < hi && lo < e.At+uint64(e.Range.Len) && (from == 0 || e.Position < from) {
+				from = e.Position
+			}
+		}
+	})
+	return from, o.Close()
+}
+
 // Fuzzy lists the blocks of a disk whose content at a position the history does
 // not know, or knows only as it was later: none inside a stretch.
 func (h *History) Fuzzy(ctx context.Context, disk int, p stream.Position) ([]block.Range, error) {

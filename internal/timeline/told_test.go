@@ -216,6 +216,28 @@ func TestDamagedPayload(t *testing.T) {
 	}
 }
 
+// TestNewestSoundPoint: one frame has the payload of several records, and the
+// point that is named needs none of them, whichever was read.
+func TestNewestSoundPoint(t *testing.T) {
+	late := writeOf(3, 2)
+	late.Range.Off = 8192
+	w := keep(t, &story{out: append(beginning(), writeOf(2, 1), late)}, 1, 1<<30)
+	spoilPayload(t, w, 1, 0)
+	h, err := Load(t.Context(), w.v, "g")
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := h.View(t.Context(), 0, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	var damaged *DamagedError
+	if _, err := v.ReadAt(make([]byte, 512), 8192); !errors.As(err, &damaged) || damaged.Newest != 1 {
+		t.Errorf("the content of position 2 is gone as well: %v", err)
+	}
+}
+
 // TestTimeOfDamage: a time at or behind the last that is known may mean what is
 // lost, and gives no older point.
 func TestTimeOfDamage(t *testing.T) {

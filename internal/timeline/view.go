@@ -103,12 +103,10 @@ func (v *View) damaged(e extent, err error) error {
 	r := block.Range{Off: e.off, Len: e.len}
 	err = fmt.Errorf("group %s, disk %s, bytes %s, object %s: %w", v.h.group, v.h.header.Disks[v.disk].Name, r, v.h.refs[e.segment].Name, err)
 	from := v.at
-	if lookup := v.h.entries(context.Background(), int(e.segment), func(x *segment.Entry) {
-		if x.HasPayload() && x.At < e.place()+uint64(e.len) && e.place() < x.At+uint64(x.Range.Len) {
-			from = min(from, x.Position)
-		}
-	}); lookup != nil {
+	if p, lookup := v.h.spoiltFrom(context.Background(), int(e.segment)); lookup != nil {
 		from = min(from, v.h.refs[e.segment].First)
+	} else if p != 0 {
+		from = min(from, p)
 	}
 	return v.h.damagedAt(from, err)
 }
