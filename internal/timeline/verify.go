@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"tidemark/internal/block"
 	"tidemark/internal/segment"
@@ -111,7 +112,8 @@ func (c *checker) object(i int, o *vault.Object, err error) error {
 		if !errors.Is(err, segment.ErrDamaged) {
 			return err
 		}
-		d := Damage{Object: ref.Name, From: min(ref.First, c.h.unsettled()), To: c.end, Detail: err.Error()}
+		detail := strings.TrimPrefix(err.Error(), fmt.Sprintf("group %s, object %s: ", c.report.Group, ref.Name)) // both are told already
+		d := Damage{Object: ref.Name, From: min(ref.First, c.h.unsettled()), To: c.end, Detail: detail}
 		if twice { // the other one may be the true one
 			d.To, d.Detail = 0, "there is another object for this segment, and this one is not it: "+d.Detail
 		} else {
