@@ -545,3 +545,52 @@ type resizer struct {
 }
 
 func (r *resizer) Resized(size int64) { r.told(size); r.size = size }
+
+// TestNothingAfterDetach: a filter comes and goes thousands of times beside
+// requests that need no time; none of them meets it before or after.
+func TestNothingAfterDetach(t *testing.T) {
+	testkit.NoLeaks(t)
+	y, _ := system(t)
+	s := add(t, y, "d", null{})
+	var stop atomic.Bool
+	var load sync.WaitGroup
+	for range 3 {
+		load.Go(func() {
+			for !stop.Load() {
+				if err := s.Flush(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	var late atomic.Int64
+	for range 300 {
+		f := &passer{late: &late}
+		if _, err := s.Attach("f", 1, DriverFunc(func(*Below) (Filter, error) { return f, nil })); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Detach("f"); err != nil {
+			t.Fatal(err)
+		}
+		f.over.Store(true)
+	}
+	stop.Store(true)
+	load.Wait()
+	if n := late.Load(); n != 0 {
+		t.Errorf("%d requests after Detach", n)
+	}
+}
+
+// passer notes requests that come too late.
+type passer struct {
+	passing
+	over atomic.Bool
+	late *atomic.Int64
+}
+
+func (p *passer) Pass(*Request) bool {
+	if p.over.Load() {
+		p.late.Add(1)
+	}
+	return true
+}
