@@ -128,7 +128,7 @@ func openState(dir, socket string) (*os.File, error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		defer f.Close()
 		who, _ := io.ReadAll(io.LimitReader(f, 4096)) // nothing yet: it is just starting
-		return nil, fmt.Errorf("the state folder %s is in use: %w%s\n  End that one, or give this one another --state and --socket.", dir, ErrRunning, strings.TrimRight(" "+string(who), " \n"))
+		return nil, fmt.Errorf("the state folder %s is in use: %w%s\n  End that one, or give this one another --state and --socket", dir, ErrRunning, strings.TrimRight(" "+string(who), " \n"))
 	}
 	if err = f.Truncate(0); err == nil {
 		_, err = fmt.Fprintf(f, "(process %d, which answers at %s)\n", os.Getpid(), socket)
@@ -160,7 +160,7 @@ func instanceID(dir string) (string, error) {
 		if id := strings.TrimSpace(string(b)); len(id) == 16 && strings.Trim(id, "0123456789abcdef") == "" {
 			return id, nil
 		}
-		return "", fmt.Errorf("%w: %s is damaged\n  Remove it if no tap of this daemon is pinned (tidemark doctor lists them).", ErrState, path)
+		return "", fmt.Errorf("%w: %s is damaged\n  Remove it if no tap of this daemon is pinned (tidemark doctor lists them)", ErrState, path)
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		return "", unusable(err)

@@ -257,7 +257,8 @@ func (h Host) resolveRecorded(spec string) (string, error) {
 
 // byID looks for UUID=, PARTUUID=: first where udev puts links, then on every device.
 func (h Host) byID(kind, id string) (string, error) {
-	folder, field := "", func(Identity) string { return "" }
+	var folder string
+	var field func(Identity) string
 	switch strings.ToUpper(kind) {
 	case "UUID":
 		folder, field = "by-uuid", func(i Identity) string { return i.FSUUID }

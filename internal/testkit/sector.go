@@ -53,7 +53,7 @@ func Check(p []byte, disk int, off int64) ([]uint64, error) {
 		}
 		lba := uint64(off+int64(at)) / Sector
 		if binary.LittleEndian.Uint64(s) != sectorMagic || binary.LittleEndian.Uint32(s[12:]) != sectorSum(s) {
-			return seqs, fmt.Errorf("sector %d of disk %d: torn or foreign: % x...", lba, disk, s[:32])
+			return seqs, fmt.Errorf("sector %d of disk %d: torn or foreign: it begins with % x", lba, disk, s[:32])
 		}
 		gotDisk, gotLBA := binary.LittleEndian.Uint32(s[8:]), binary.LittleEndian.Uint64(s[16:])
 		if int(gotDisk) != disk || gotLBA != lba {
