@@ -56,7 +56,7 @@ func (s *Snapshot) admit(r Request) error {
 		low = lowMax
 	}
 	s.man = manifest{Version: 1, ID: FormatID(s.id), State: stateCreated, Boot: s.set.cfg.BootID, Durable: r.Durable,
-		Chunk: chunk, Low: low, Buffers: int(min(max(buffersBytes/chunk, 8), 1024)), Memory: s.set.cfg.Memory != ""}
+		Chunk: chunk, Low: low, Buffers: int(min(max(buffersBytes/chunk, 8), buffersMax)), Memory: s.set.cfg.Memory != ""}
 	for i, name := range r.Devices {
 		if slices.Contains(r.Devices[:i], name) {
 			return fmt.Errorf("device %s is named twice: %w", name, ErrNoDevice)

@@ -3,6 +3,7 @@ package snapshot
 import (
 	"encoding/json"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
 	"time"
@@ -86,12 +87,16 @@ func (s *Snapshot) change(edit func(m *manifest)) error {
 	return nil
 }
 
+// A manifest's file is its JSON and a last line with the JSON's checksum.
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
 func save(name string, m *manifest) error {
 	b, err := json.MarshalIndent(m, "", "\t")
 	if err != nil {
 		return err
 	}
-	return vfs.WriteWhole(vfs.OS{}, name, append(b, '\n'))
+	b = fmt.Appendf(b, "\ncrc32c %08x\n", crc32.Checksum(b, castagnoli))
+	return vfs.WriteWhole(vfs.OS{}, name, b)
 }
 
 func load(name string) (m manifest, id ID, err error) {
@@ -99,14 +104,43 @@ func load(name string) (m manifest, id ID, err error) {
 	if err != nil {
 		return m, id, err
 	}
-	if err := json.Unmarshal(b, &m); err != nil {
-		return m, id, fmt.Errorf("%s: %w", name, err)
+	if m, err = decode(b); err == nil {
+		id, err = ParseID(m.ID)
 	}
-	if m.Version != 1 {
-		return m, id, fmt.Errorf("%s: version %d, want 1", name, m.Version)
+	if err != nil {
+		err = fmt.Errorf("manifest %s: %w", name, err)
 	}
-	id, err = ParseID(m.ID)
 	return m, id, err
+}
+
+func decode(b []byte) (m manifest, err error) {
+	const last = len("\ncrc32c 00000000\n")
+	body := b[:max(0, len(b)-last)]
+	if string(b[len(body):]) != fmt.Sprintf("\ncrc32c %08x\n", crc32.Checksum(body, castagnoli)) {
+		return m, fmt.Errorf("checksum: %w", diff.ErrCorrupt)
+	}
+	if err := json.Unmarshal(body, &m); err != nil {
+		return m, fmt.Errorf("%w: %w", err, diff.ErrCorrupt)
+	}
+	return m, m.check()
+}
+
+// check refuses what this version did not write.
+func (m *manifest) check() error {
+	if m.Version != 1 {
+		return fmt.Errorf("version %d, want 1: %w", m.Version, diff.ErrCorrupt)
+	}
+	sound := m.Buffers > 0 && m.Buffers <= buffersMax && len(m.Devices) > 0
+	for _, a := range m.Areas {
+		sound = sound && a.Source >= 0 && a.Source < len(m.Sources) && a.Off >= 0 && a.Len > 0
+	}
+	for _, d := range m.Devices {
+		sound = sound && d.Size >= 0
+	}
+	if !sound {
+		return fmt.Errorf("numbers that cannot be: %w", diff.ErrCorrupt)
+	}
+	return nil
 }
 
 // part is a space with its place in the manifest.

@@ -150,6 +150,7 @@ const (
 	lowMax       = 64 << 20
 	atOnce       = 64 << 20 // a file with a limit up to this is allocated at once
 	buffersBytes = 32 << 20
+	buffersMax   = 1024
 )
 
 // Info describes a snapshot.

@@ -264,3 +264,27 @@ func TestNotTakenIsGivenBack(t *testing.T) {
 }
 
 var _ block.Device = fileDevice{}
+
+// TestSpoiledStaysSpoiled: what could not be copied is not taken for good by the
+// next process, whether this one was killed or the power failed.
+func TestSpoiledStaysSpoiled(t *testing.T) {
+	for _, durable := range []bool{false, true} {
+		disk, store := sim.NewCrashDisk(1, mib), sim.NewCrashDisk(2, mib/2)
+		cfg := Config{Dir: t.TempDir(), Memory: t.TempDir(), BootID: "one", Locate: func(string) (Place, error) { return Place{Device: store}, nil }}
+		r := newRig(t, cfg, disk)
+		id, images := r.taken(t, Request{Devices: []string{"d0"}, Durable: durable, Storage: []Storage{{Path: "store"}}})
+		fill(t, r.stacks[0], 'n')
+		if err := images[0].Image.Err(); !errors.Is(err, diff.ErrFull) {
+			t.Fatal(err)
+		}
+		after := newRig(t, cfg, disk) // killed
+		if durable {
+			disk, store = disk.Crash(), store.Crash()
+			cfg.BootID = "two"
+			after = newRig(t, cfg, disk)
+		}
+		if _, err := after.set.Images(id); !errors.Is(err, diff.ErrSpoiled) {
+			t.Errorf("durable %v: %v", durable, err)
+		}
+	}
+}
