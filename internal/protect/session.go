@@ -77,6 +77,7 @@ type session struct {
 	lastPeek   time.Time
 	lastScan   time.Time
 	lastWatch  time.Time
+	drainSince time.Time
 	stillLooks int // of watch, in a row, in which nothing was written or on its way
 	watched    watched
 	untold     untold
@@ -296,6 +297,19 @@ func (s *session) endsOff() error {
 	}
 	if s.tap.Drops() > s.seenDrops { // a drop switched it on in this moment
 		return s.tap.SetEnds(true)
+	}
+	// Programs that saw it on may be at work: what is in the map stays for a moment (forget).
+	s.drainSince = time.Now()
+	return nil
+}
+
+// drainTime is how long bios stay in the map after tracking has ended.
+const drainTime = time.Second
+
+// forget empties the map of bios in flight when tracking is over.
+func (s *session) forget() error {
+	if s.gapOpen || s.tap.Ends() || time.Since(s.drainSince) < drainTime {
+		return nil
 	}
 	return s.tap.ForgetInFlight()
 }

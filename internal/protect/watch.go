@@ -59,10 +59,8 @@ func (s *session) watch() error {
 	}
 	was := s.watched
 	s.watched = now
-	if !s.gapOpen && !s.tap.Ends() {
-		if err := s.tap.ForgetInFlight(); err != nil {
-			return err
-		}
+	if err := s.forget(); err != nil {
+		return err
 	}
 	if lost(c) > c.LostRanges { // some left only bits
 		s.mode.applyWhile(s.gapOpen, evDropped, was.valid && lost(c) > lost(was.counters))
