@@ -215,6 +215,11 @@ func TestPowerLoss(t *testing.T) {
 		for writes.Load() < int64(5+rng.IntN(100)) {
 			time.Sleep(100 * time.Microsecond)
 		}
+		if !durable { // not even when everything happens to be stable is it trusted
+			if err := errors.Join(store.Flush(), disk.Flush()); err != nil {
+				t.Fatal(err)
+			}
+		}
 		cut.Store(true)
 		stop.Store(true)
 		load.Wait()
