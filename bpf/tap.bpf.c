@@ -239,8 +239,9 @@ static long spread_step(__u32 i, struct spread *s)
 }
 
 /* gap_all marks a range of the whole disk in every target that it meets, then counts
- * the drop. The counter comes last: who reads it may rely on the bits. */
-static __noinline long gap_all(__u32 dev, __u64 sector, __u64 count)
+ * the drop. The counter comes last: who reads it may rely on the bits. Not static:
+ * the verifier looks through such a function once and not at every call. */
+__noinline int gap_all(__u32 dev, __u64 sector, __u64 count)
 {
 	struct state *st = get_state();
 	if (!st)
