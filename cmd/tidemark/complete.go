@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"tidemark/internal/control/api"
 	"tidemark/internal/vault"
 )
 
@@ -38,4 +40,12 @@ func completeGroups(cmd *cobra.Command, args []string, begun string) ([]string, 
 		}
 	}
 	return out, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeFrom offers names that the daemon knows.
+func completeFrom(cmd *cobra.Command, begun string, names func(context.Context, *api.Client) ([]string, error)) ([]string, cobra.ShellCompDirective) {
+	ctx, cancel := context.WithTimeout(context.Background(), completeWithin)
+	defer cancel()
+	all, _ := names(ctx, dial(socketFlagOf(cmd))) // nothing to offer is all that can be said here
+	return slices.DeleteFunc(all, func(n string) bool { return !strings.HasPrefix(n, begun) }), cobra.ShellCompDirectiveNoFileComp
 }

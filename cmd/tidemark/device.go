@@ -32,7 +32,7 @@ happens when the daemon ends:
 		Example: "  tidemark device create --backing /srv/disk.img --name data\n  tidemark device ls",
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newDeviceCreate(), newDeviceList(), newDeviceRemove(), newDeviceResize(), newDeviceFilters())
+	cmd.AddCommand(newDeviceCreate(), newDeviceList(), newDeviceRemove(), newDeviceResize(), newDeviceFilters(), newDeviceSplice(), newDeviceUnsplice())
 	return cmd
 }
 
@@ -211,6 +211,55 @@ func newDeviceFilters() *cobra.Command {
 	return cmd
 }
 
+func newDeviceSplice() *cobra.Command {
+	var req api.SpliceRequest
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "splice DM-DEVICE",
+		Short: "Put a served device under an LVM volume that is in use",
+		Long: `Leads a device-mapper device with a linear, striped or crypt table, an LVM volume for
+example, through a served device: its table is swapped while it is in use, and
+its users see a pause and no error. The volume keeps its name.
+
+While the daemon is not there, requests of the volume wait for it.`,
+		Example: "  tidemark device splice /dev/vg/data\n  tidemark device unsplice vg-data",
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			if req.Device, err = filepath.Abs(args[0]); err != nil {
+				return err
+			}
+			d, err := dial(socketFlagOf(cmd)).Splice(cmd.Context(), req)
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(d)
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), d.Name)
+			return nil
+		},
+	}
+	socketFlag(cmd)
+	f := cmd.Flags()
+	f.StringVar(&req.Name, "name", "", "name of the served device (default: the volume's)")
+	f.StringVar(&req.Front, "front", "auto", "how it is shown: auto, ublk or nbd")
+	f.BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func newDeviceUnsplice() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "unsplice NAME",
+		Short:   "Give a spliced volume its own table back",
+		Example: "  tidemark device unsplice vg-data",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return dial(socketFlagOf(cmd)).Unsplice(cmd.Context(), args[0])
+		},
+		ValidArgsFunction: completeDevices,
+	}
+	socketFlag(cmd)
+	return cmd
+}
+
 // newDeviceHelper is what the daemon starts to touch a loop device that it serves itself.
 func newDeviceHelper() *cobra.Command {
 	return &cobra.Command{Use: "device-helper ACTION ABOUT", Hidden: true, RunE: func(_ *cobra.Command, args []string) error { return loop.HelperMain(args) }}
@@ -220,14 +269,11 @@ func completeDevices(cmd *cobra.Command, args []string, begun string) ([]string,
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), completeWithin)
-	defer cancel()
-	devices, _ := dial(socketFlagOf(cmd)).Devices(ctx) // nothing to offer is all that can be said here
-	var out []string
-	for _, d := range devices {
-		if strings.HasPrefix(d.Name, begun) {
-			out = append(out, d.Name)
+	return completeFrom(cmd, begun, func(ctx context.Context, c *api.Client) (names []string, err error) {
+		devices, err := c.Devices(ctx)
+		for _, d := range devices {
+			names = append(names, d.Name)
 		}
-	}
-	return out, cobra.ShellCompDirectiveNoFileComp
+		return names, err
+	})
 }

@@ -42,6 +42,18 @@ func (s *service) ResizeDevice(ctx context.Context, name string, r api.ResizeReq
 	return deviceOf(i), nil
 }
 
+func (s *service) Splice(ctx context.Context, r api.SpliceRequest) (api.Device, error) {
+	i, err := s.devices.Splice(ctx, r.Device, r.Name, r.Front)
+	if err != nil {
+		return api.Device{}, coded(err)
+	}
+	return deviceOf(i), nil
+}
+
+func (s *service) Unsplice(ctx context.Context, name string) error {
+	return coded(s.devices.Unsplice(ctx, name))
+}
+
 // takenByGroup says which group has tapped a device: a served device over it
 // would be a second way in, and its writes another order.
 func (s *service) takenByGroup(path string) string {

@@ -15,6 +15,7 @@ import (
 	"tidemark/internal/cbt"
 	"tidemark/internal/control/api"
 	"tidemark/internal/disk"
+	"tidemark/internal/dm"
 	"tidemark/internal/freeze"
 	"tidemark/internal/health"
 	"tidemark/internal/protect"
@@ -221,6 +222,8 @@ func coded(err error) error {
 		{backing.ErrInUse, api.CodeInUse, "Unmount it, or end what has it open."},
 		{backing.ErrKind, api.CodeRefused, "Name a disk or an image file."},
 		{cbt.ErrFullCopy, api.CodeFullCopy, "Copy the whole device, from a snapshot, and ask from that snapshot on."},
+		{serve.ErrRefused, api.CodeRefused, ""},
+		{dm.ErrNoMapper, api.CodeRefused, ""},
 		{serve.ErrSize, api.CodeUsage, ""},
 		{serve.ErrDamaged, api.CodeDamaged, ""},
 		{fs.ErrNotExist, api.CodeNotFound, ""},

@@ -13,13 +13,16 @@ func (s *Server) node(d *Device) string {
 	if d.served.kernel() == "" {
 		return d.served.uri()
 	}
+	if d.spec.Splice != nil {
+		return "/dev/mapper/" + d.spec.Splice.Name
+	}
 	return filepath.Join(s.env.Nodes, d.spec.Name)
 }
 
 // link makes our own name for the kernel's node, without udev. What a daemon
 // that was killed left there is replaced; anything else is not ours to take.
 func (s *Server) link(d *Device) error {
-	if d.served.kernel() == "" {
+	if d.served.kernel() == "" || d.spec.Splice != nil {
 		return nil
 	}
 	if err := os.MkdirAll(s.env.Nodes, 0o755); err != nil {
@@ -42,6 +45,9 @@ func (s *Server) link(d *Device) error {
 
 func (s *Server) unlink(d *Device) error {
 	name := filepath.Join(s.env.Nodes, d.spec.Name)
+	if d.spec.Splice != nil {
+		return nil
+	}
 	if st, err := os.Lstat(name); err != nil || st.Mode()&fs.ModeSymlink == 0 {
 		return nil // an NBD server has none
 	}

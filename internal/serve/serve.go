@@ -56,6 +56,9 @@ type Server struct {
 	folder  string
 	changes sync.Mutex // one device is made or removed at a time
 
+	cancel   context.CancelFunc
+	watching sync.WaitGroup
+
 	mu      sync.Mutex // held for a moment
 	devices map[string]*Device
 }
@@ -97,7 +100,7 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 			}
 		} else if err == nil {
 			d.spec = r.Spec
-			err = s.bring(ctx, d, r.Memory)
+			err = s.bringBack(ctx, d, r)
 		}
 		if err != nil {
 			env.Log.Error("a served device is not there", "device", name, "error", err)
@@ -106,6 +109,9 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 		}
 		s.devices[name] = d
 	}
+	watch, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	s.cancel = cancel
+	s.watching.Go(func() { s.watch(watch) })
 	return s, nil
 }
 
@@ -116,16 +122,16 @@ func (s *Server) Create(ctx context.Context, spec Spec) (Info, error) {
 	if err := s.check(&spec); err != nil {
 		return Info{}, err
 	}
-	var id [8]byte
-	if _, err := rand.Read(id[:]); err != nil {
+	id, err := newID()
+	if err != nil {
 		return Info{}, err
 	}
-	spec.ID = hex.EncodeToString(id[:])
+	spec.ID = id
 	d := &Device{spec: spec}
 	if err := s.save(record{Spec: spec}); err != nil {
 		return Info{}, err
 	}
-	err := s.bring(ctx, d, nil)
+	err = s.bring(ctx, d, nil)
 	if err == nil {
 		if err = s.save(record{Spec: spec, Made: true, Memory: d.served.memory()}); err != nil {
 			err = errors.Join(err, s.take(ctx, d))
@@ -138,6 +144,29 @@ func (s *Server) Create(ctx context.Context, spec Spec) (Info, error) {
 	s.devices[spec.Name] = d
 	s.mu.Unlock()
 	return s.info(d), nil
+}
+
+func newID() (string, error) {
+	var id [8]byte
+	_, err := rand.Read(id[:])
+	return hex.EncodeToString(id[:]), err
+}
+
+// bringBack brings a device of an earlier process.
+func (s *Server) bringBack(ctx context.Context, d *Device, r record) error {
+	if err := s.bring(ctx, d, r.Memory); err != nil {
+		return err
+	}
+	if now := d.served.memory(); string(now) != string(r.Memory) {
+		r.Memory = now
+		if err := s.save(r); err != nil {
+			return err
+		}
+	}
+	if d.spec.Splice != nil {
+		return s.leadBack(ctx, d)
+	}
+	return nil
 }
 
 // bring opens the backing and puts the front over it; memory is the front's, of the process before.
@@ -187,6 +216,9 @@ func (s *Server) Remove(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	if d.spec.Splice != nil {
+		return fmt.Errorf("%s: %w by the volume %s, under which it lies: tidemark device unsplice %[1]s", name, ErrInUse, d.spec.Splice.Name)
+	}
 	if d.served == nil {
 		if r, err := s.load(name); err == nil {
 			if err := s.front(r.Spec.Front).forget(ctx, r.Spec, r.Memory); err != nil {
@@ -196,12 +228,17 @@ func (s *Server) Remove(ctx context.Context, name string) error {
 	} else if err := s.take(ctx, d); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
+	return s.forgotten(name)
+}
+
+// forgotten takes a device that has ended out of the records.
+func (s *Server) forgotten(name string) error {
 	if err := errors.Join(s.eraseChanges(name), s.erase(name)); err != nil {
 		return err
 	}
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	delete(s.devices, name)
-	s.mu.Unlock()
 	return nil
 }
 
@@ -242,6 +279,8 @@ func (s *Server) InUse() []string {
 // Stop lets go of the devices: those whose front outlives this process wait for
 // the next one, the others end.
 func (s *Server) Stop(ctx context.Context) error {
+	s.cancel()
+	s.watching.Wait()
 	s.changes.Lock()
 	defer s.changes.Unlock()
 	var errs []error

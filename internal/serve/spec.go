@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"tidemark/internal/health"
+	"tidemark/internal/splice"
 	"tidemark/internal/stack"
 )
 
@@ -22,6 +23,8 @@ type Spec struct {
 	ReadOnly bool   `json:"read_only,omitempty"`
 	// ID is given by Create; the kernel's device is found again by it.
 	ID string `json:"id"`
+	// Splice says under which mapped device it lies; nil: it stands for itself.
+	Splice *splice.Splice `json:"splice,omitempty"`
 }
 
 // token is ID as a number.

@@ -43,12 +43,21 @@ type ResizeRequest struct {
 	SizeBytes int64 `json:"size_bytes,omitempty"`
 }
 
+// SpliceRequest is the body of POST /v1/splices.
+type SpliceRequest struct {
+	Device string `json:"device"`          // absolute path of a device-mapper device
+	Name   string `json:"name,omitempty"`  // of the served device; "": the volume's own
+	Front  string `json:"front,omitempty"` // ublk, nbd or auto
+}
+
 // Devices is the part of the Service that is about served devices.
 type Devices interface {
 	Devices(ctx context.Context) ([]Device, error)
 	CreateDevice(ctx context.Context, r DeviceRequest) (Device, error)
 	RemoveDevice(ctx context.Context, name string) error
 	ResizeDevice(ctx context.Context, name string, r ResizeRequest) (Device, error)
+	Splice(ctx context.Context, r SpliceRequest) (Device, error)
+	Unsplice(ctx context.Context, name string) error
 }
 
 var deviceRoutes = []route{
@@ -70,9 +79,19 @@ var deviceRoutes = []route{
 		}
 		return s.ResizeDevice(r.Context(), r.PathValue("name"), req)
 	}},
+	{"POST", "/v1/splices", func(s Service, r *http.Request) (any, error) {
+		var req SpliceRequest
+		if err := decode(r.Body, &req); err != nil {
+			return nil, err
+		}
+		return s.Splice(r.Context(), req)
+	}},
+	{"DELETE", "/v1/splices/{name}", func(s Service, r *http.Request) (any, error) {
+		return struct{}{}, s.Unsplice(r.Context(), r.PathValue("name"))
+	}},
 }
 
-// Devices, CreateDevice, RemoveDevice and ResizeDevice call the Service's methods of the same names.
+// Devices and the rest call the Service's methods of the same names.
 func (c *Client) Devices(ctx context.Context) ([]Device, error) {
 	return call[[]Device](ctx, c, "GET", "/v1/devices", nil)
 }
@@ -88,4 +107,13 @@ func (c *Client) RemoveDevice(ctx context.Context, name string) error {
 
 func (c *Client) ResizeDevice(ctx context.Context, name string, r ResizeRequest) (Device, error) {
 	return call[Device](ctx, c, "POST", "/v1/devices/"+url.PathEscape(name)+"/resize", r)
+}
+
+func (c *Client) Splice(ctx context.Context, r SpliceRequest) (Device, error) {
+	return call[Device](ctx, c, "POST", "/v1/splices", r)
+}
+
+func (c *Client) Unsplice(ctx context.Context, name string) error {
+	_, err := call[struct{}](ctx, c, "DELETE", "/v1/splices/"+url.PathEscape(name), nil)
+	return err
 }

@@ -59,7 +59,7 @@ func TestOpenAPISchemas(t *testing.T) {
 		"ProtectRequest": reflect.TypeFor[ProtectRequest](), "BookmarkRequest": reflect.TypeFor[BookmarkRequest](),
 		"Bookmark": reflect.TypeFor[Bookmark](), "LiveDisk": reflect.TypeFor[LiveDisk](), "Condition": reflect.TypeFor[health.Condition](),
 		"Device": reflect.TypeFor[Device](), "Filter": reflect.TypeFor[Filter](), "DeviceRequest": reflect.TypeFor[DeviceRequest](),
-		"ResizeRequest": reflect.TypeFor[ResizeRequest](), "ChangeMap": reflect.TypeFor[ChangeMap](), "ByteRange": reflect.TypeFor[ByteRange](),
+		"ResizeRequest": reflect.TypeFor[ResizeRequest](), "SpliceRequest": reflect.TypeFor[SpliceRequest](), "ChangeMap": reflect.TypeFor[ChangeMap](), "ByteRange": reflect.TypeFor[ByteRange](),
 		"ChangesRequest": reflect.TypeFor[ChangesRequest](), "MarkRequest": reflect.TypeFor[MarkRequest](),
 	}
 	for name := range doc.Components.Schemas {

@@ -3,16 +3,17 @@
 package guest
 
 import (
+	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"tidemark/internal/testkit"
-	"tidemark/internal/testkit/program"
 )
 
 // TestServed: a mounted file system on a served device sees a pause and no error
@@ -25,15 +26,15 @@ func TestServed(t *testing.T) {
 				t.Logf("modprobe %s: %v: %s", module, err, out)
 			}
 			testkit.Need(t, front)
-			d := program.New(t)
-			image := filepath.Join(d.Dir, "image")
+			d := newDaemon(t)
+			image := filepath.Join(d.dir, "image")
 			if err := os.WriteFile(image, nil, 0o600); err != nil {
 				t.Fatal(err)
 			}
 			if err := os.Truncate(image, 96<<20); err != nil {
 				t.Fatal(err)
 			}
-			node := strings.TrimSpace(d.Run("device", "create", "--backing", image, "--front", front, "--name", "data"))
+			node := strings.TrimSpace(d.run("device", "create", "--backing", image, "--front", front, "--name", "data"))
 			if node != "/dev/tidemark/data" {
 				t.Fatalf("the node is %q", node)
 			}
@@ -42,54 +43,144 @@ func TestServed(t *testing.T) {
 			testkit.Run(t, "mount", node, dir)
 			t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
 
-			fio := exec.Command("fio", "--name=served", "--directory="+dir, "--size=24m", "--rw=randwrite", "--bs=4k", "--iodepth=8", "--ioengine=libaio",
-				"--direct=1", "--verify=crc32c", "--verify_fatal=1", "--time_based", "--runtime=12", "--loops=100", "--randseed=7")
-			var out strings.Builder
-			fio.Stdout, fio.Stderr = &out, &out
-			if err := fio.Start(); err != nil {
-				t.Fatal(err)
-			}
-			ended := make(chan error, 1)
-			go func() { ended <- fio.Wait() }()
+			fio := startFio(t, dir, 12)
 			for range 2 {
 				time.Sleep(2 * time.Second)
-				d.Kill()
+				d.kill()
 				time.Sleep(500 * time.Millisecond)
-				d.Start()
+				d.start()
 			}
-			if _, err := d.Verb("device", "rm", "data"); err == nil {
+			if _, err := d.try("device", "rm", "data"); err == nil {
 				t.Error("a mounted device was removed")
 			}
-			if err := syscall.Kill(d.PID(), syscall.SIGTERM); err != nil {
+			if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(time.Second)
-			if text := d.Run("status"); !strings.Contains(text, "stop-refused") {
+			if text := d.run("status"); !strings.Contains(text, "stop-refused") {
 				t.Errorf("it was asked to end while a device is mounted, and says nothing of it: %s", text)
 			}
-			select {
-			case err := <-ended:
-				if err != nil {
-					t.Errorf("fio: %v: %s", err, out.String())
-				}
-			case <-time.After(2 * time.Minute):
-				_ = fio.Process.Kill()
-				t.Fatalf("fio hangs: %s\n%s", out.String(), d.Run("device", "ls"))
-			}
+			fio.wait(t, d)
 			testkit.Run(t, "umount", dir)
 			testkit.Run(t, "e2fsck", "-fn", node)
-			if text := d.Run("device", "ls", "--json"); !strings.Contains(text, `"open":false`) {
+			if text := d.run("device", "ls", "--json"); !strings.Contains(text, `"open":false`) {
 				t.Errorf("devices: %s", text)
 			}
 			// In order: the daemon ends, the device waits, the next daemon has it.
-			d.Stop()
-			d.Start()
+			if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			_ = d.cmd.Wait()
+			d.start()
 			testkit.Run(t, "e2fsck", "-fn", node)
-			d.Run("device", "rm", "data")
+			d.run("device", "rm", "data")
 			if _, err := os.Lstat(node); err == nil {
 				t.Errorf("%s is still there", node)
 			}
 			testkit.Run(t, "e2fsck", "-fn", image)
 		})
 	}
+}
+
+// load is fio, which checks what it reads.
+type load struct {
+	cmd   *exec.Cmd
+	out   strings.Builder
+	ended chan error
+}
+
+func startFio(t *testing.T, dir string, seconds int) *load {
+	t.Helper()
+	l := &load{ended: make(chan error, 1)}
+	l.cmd = exec.Command("fio", "--name=served", "--directory="+dir, "--size=16m", "--rw=randwrite", "--bs=4k", "--iodepth=8", "--ioengine=libaio",
+		"--direct=1", "--verify=crc32c", "--verify_fatal=1", "--time_based", "--runtime="+strconv.Itoa(seconds), "--randseed=7")
+	l.cmd.Stdout, l.cmd.Stderr = &l.out, &l.out
+	if err := l.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { l.ended <- l.cmd.Wait() }()
+	t.Cleanup(func() { _ = l.cmd.Process.Kill() })
+	return l
+}
+
+func (l *load) wait(t *testing.T, d *daemon) {
+	t.Helper()
+	select {
+	case err := <-l.ended:
+		if err != nil {
+			t.Errorf("fio: %v: %s", err, l.out.String())
+		}
+	case <-time.After(2 * time.Minute):
+		t.Fatalf("fio hangs: %s", d.run("device", "ls"))
+	}
+}
+
+// TestSplice: a mounted file system on a mapped device sees no error while a
+// served device is put under it, while the daemon is killed, while somebody gives
+// the volume another table, and while the served device is taken out again.
+func TestSplice(t *testing.T) {
+	for _, module := range []string{"ublk_drv", "nbd"} {
+		_ = exec.Command("modprobe", module).Run() // one of them is enough
+	}
+	dev := linear(t)
+	name := strings.TrimSpace(testkit.Run(t, "dmsetup", "info", "-c", "--noheadings", "-o", "name", dev))
+	original := testkit.Run(t, "dmsetup", "table", name)
+	d := newDaemon(t)
+	dir := t.TempDir()
+	testkit.Run(t, "mkfs.ext4", "-q", dev)
+	testkit.Run(t, "mount", dev, dir)
+	t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
+	fio := startFio(t, dir, 20)
+	if out := strings.TrimSpace(d.run("device", "splice", dev, "--name", "data")); out != "data" {
+		t.Fatalf("spliced as %q", out)
+	}
+	table := testkit.Run(t, "dmsetup", "table", name)
+	if table == original {
+		t.Error("the volume has its old table")
+	}
+	if text, err := d.try("device", "splice", dev, "--name", "again"); err == nil {
+		t.Errorf("spliced twice: %s", text)
+	}
+	if text, err := d.try("device", "rm", "data"); err == nil {
+		t.Errorf("removed under a volume: %s", text)
+	}
+	time.Sleep(2 * time.Second)
+	d.kill()
+	time.Sleep(500 * time.Millisecond)
+	d.start()
+	if now := testkit.Run(t, "dmsetup", "table", name); now != table {
+		t.Errorf("after a kill the table is %s, and was %s", now, table)
+	}
+	before := generation(t, d)
+	input(t, original, "dmsetup", "reload", name)
+	testkit.Run(t, "dmsetup", "resume", name)
+	deadline := time.Now().Add(time.Minute)
+	for !strings.Contains(d.run("device", "ls"), "splice-replaced") {
+		if time.Now().After(deadline) {
+			t.Fatalf("nobody noticed that the volume has another table: %s", d.run("device", "ls"))
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+	if now := generation(t, d); now == before {
+		t.Error("the generation goes on though writes went past the map")
+	}
+	d.run("device", "unsplice", "data")
+	if now := testkit.Run(t, "dmsetup", "table", name); now != original {
+		t.Errorf("afterwards the table is %s, and was %s", now, original)
+	}
+	fio.wait(t, d)
+	testkit.Run(t, "umount", dir)
+	testkit.Run(t, "e2fsck", "-fn", dev)
+	if left := testkit.Run(t, "dmsetup", "ls"); strings.Contains(left, "tidemark") {
+		t.Errorf("left behind: %s", left)
+	}
+}
+
+func generation(t *testing.T, d *daemon) string {
+	t.Helper()
+	var maps []struct{ Generation string }
+	if err := json.Unmarshal([]byte(d.run("cbt", "ls", "--json")), &maps); err != nil || len(maps) != 1 {
+		t.Fatalf("change maps: %+v (%v)", maps, err)
+	}
+	return maps[0].Generation
 }
