@@ -12,39 +12,37 @@ import (
 	"tidemark/internal/cbt"
 	"tidemark/internal/filter/track"
 	"tidemark/internal/front/nbd"
+	"tidemark/internal/stack"
 	"tidemark/internal/vfs"
 )
 
 // changesSuffix ends the names of the files that keep change maps over clean restarts.
 const changesSuffix = ".cbt"
 
-func (s *Server) changesFile(d *Device) string {
-	return filepath.Join(s.folder, d.spec.Name+changesSuffix)
+func (s *Server) changesFile(name string) string {
+	return filepath.Join(s.folder, name+changesSuffix)
 }
 
-// trackChanges begins or goes on with the device's change map.
-func (s *Server) trackChanges(d *Device) error {
-	m, why, err := cbt.Open(vfs.OS{}, s.changesFile(d), d.backingState(), d.lower.Size())
+// trackChanges begins or goes on with a device's change map.
+func (s *Server) trackChanges(spec Spec, st *stack.Stack) (*cbt.Map, error) {
+	m, why, err := cbt.Open(vfs.OS{}, s.changesFile(spec.Name), spec.backingState(), st.Size())
 	if err != nil {
-		return fmt.Errorf("the change map of %s: %w", d.spec.Name, err)
+		return nil, fmt.Errorf("the change map of %s: %w", spec.Name, err)
 	}
 	if why != "" {
-		s.env.Log.Info("a change map begins anew", "device", d.spec.Name, "generation", m.Writing().Generation.String(), "why", why)
+		s.env.Log.Info("a change map begins anew", "device", spec.Name, "generation", m.Writing().Generation.String(), "why", why)
 	}
-	if _, err := d.stack.Attach(track.Name, track.Altitude, track.Driver(m)); err != nil {
-		return err
-	}
-	d.changes = m
-	return nil
+	_, err = st.Attach(track.Name, track.Altitude, track.Driver(m))
+	return m, err
 }
 
 // saveChanges keeps the map for the next process; nothing is written any more.
 func (s *Server) saveChanges(d *Device) error {
-	return d.changes.Save(vfs.OS{}, s.changesFile(d), d.backingState())
+	return d.changes.Save(vfs.OS{}, s.changesFile(d.spec.Name), d.spec.backingState())
 }
 
 func (s *Server) eraseChanges(name string) error {
-	err := os.Remove(filepath.Join(s.folder, name+changesSuffix))
+	err := os.Remove(s.changesFile(name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -53,12 +51,12 @@ func (s *Server) eraseChanges(name string) error {
 
 // backingState is what must be equal at the next start for the map to be true:
 // the device, and of an image file who it is and when it was last written.
-func (d *Device) backingState() string {
-	st, err := os.Stat(d.spec.Backing)
+func (spec Spec) backingState() string {
+	st, err := os.Stat(spec.Backing)
 	if err != nil || !st.Mode().IsRegular() {
-		return d.spec.ID
+		return spec.ID
 	}
-	return fmt.Sprintf("%s %d %d", d.spec.ID, st.Size(), st.ModTime().UnixNano())
+	return fmt.Sprintf("%s %d %d", spec.ID, st.Size(), st.ModTime().UnixNano())
 }
 
 // Changes gives the change map of a device.
@@ -67,10 +65,11 @@ func (s *Server) Changes(name string) (*cbt.Map, error) {
 	if err != nil {
 		return nil, err
 	}
-	if d.served == nil {
-		return nil, fmt.Errorf("%s: %w", name, ErrNotFound)
+	now := d.now()
+	if now.served == nil {
+		return nil, fmt.Errorf("%s is offline: %w", name, ErrNotFound)
 	}
-	return d.changes, nil
+	return now.changes, nil
 }
 
 // bitmaps shows NBD clients what changed after each snapshot of the map's

@@ -9,7 +9,6 @@ import (
 
 	"tidemark/internal/block"
 	"tidemark/internal/cbt"
-	"tidemark/internal/stack"
 )
 
 // The fronts by name, in the order in which Auto tries them.
@@ -49,9 +48,17 @@ type served interface {
 
 // shown is what a front shows.
 type shown struct {
-	*stack.Stack
+	dev
 	limits  block.Limits
-	changes *cbt.Map
+	changes *cbt.Map // nil where nothing is tracked
+}
+
+// dev is a device with every ability that fronts use: a stack or, for a guard, the backing itself.
+type dev interface {
+	block.Device
+	block.Zeroer
+	block.Discarder
+	block.FUAWriter
 }
 
 // Limits are the backing's: the filters change none.

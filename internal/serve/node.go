@@ -9,7 +9,7 @@ import (
 )
 
 // node is what users are told: our own name for a block device, or an NBD URI.
-func (s *Server) node(d *Device) string {
+func (s *Server) node(d parts) string {
 	if d.served.kernel() == "" {
 		return d.served.uri()
 	}
@@ -28,7 +28,7 @@ func (s *Server) link(d *Device) error {
 	if err := os.MkdirAll(s.env.Nodes, 0o755); err != nil {
 		return err
 	}
-	name := s.node(d)
+	name := s.node(d.now())
 	st, err := os.Lstat(name)
 	switch {
 	case err == nil && st.Mode()&fs.ModeSymlink == 0:

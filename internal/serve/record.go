@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"tidemark/internal/vfs"
 )
@@ -21,6 +22,8 @@ type record struct {
 	Spec   Spec            `json:"spec"`
 	Made   bool            `json:"made"`
 	Memory json.RawMessage `json:"memory,omitempty"` // the front's own
+	// GivenBack is when the guard of a splice gave the volume its own table back.
+	GivenBack time.Time `json:"given_back,omitzero"`
 }
 
 // recordFile is its form on disk.

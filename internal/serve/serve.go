@@ -40,6 +40,8 @@ type Env struct {
 	StateDir string
 	// Nodes is the folder of the names that users see; "" is /dev/tidemark.
 	Nodes string
+	// Guard is the command line of a process that calls GuardMain; empty: splices have no guard.
+	Guard []string
 	// Helper is the command line of a process that calls the loop front's HelperMain.
 	Helper []string
 	Log    *slog.Logger
@@ -63,14 +65,18 @@ type Server struct {
 	devices map[string]*Device
 }
 
-// Device is one served device.
+// Device is one served device. Whoever holds Server.changes may read its fields;
+// they are written with mu held too, so that others can look at it (now).
 type Device struct {
-	spec   Spec
 	health health.Set
-	lower  *backing.Device
-	stack  *stack.Stack
+
+	mu    sync.Mutex
+	spec  Spec
+	lower *backing.Device
+	stack *stack.Stack
 
 	changes *cbt.Map
+	guard   *guard // of a splice
 	served  served // nil where it could not be brought back
 }
 
@@ -154,6 +160,9 @@ func newID() (string, error) {
 
 // bringBack brings a device of an earlier process.
 func (s *Server) bringBack(ctx context.Context, d *Device, r record) error {
+	if !r.GivenBack.IsZero() {
+		return givenBack(d, r.GivenBack)
+	}
 	if err := s.bring(ctx, d, r.Memory); err != nil {
 		return err
 	}
@@ -170,8 +179,9 @@ func (s *Server) bringBack(ctx context.Context, d *Device, r record) error {
 }
 
 // bring opens the backing and puts the front over it; memory is the front's, of the process before.
-func (s *Server) bring(ctx context.Context, d *Device, memory json.RawMessage) (err error) {
-	if d.lower, err = backing.Open(d.spec.Backing, backing.Options{ReadOnly: d.spec.ReadOnly}); err != nil {
+func (s *Server) bring(ctx context.Context, d *Device, memory json.RawMessage) error {
+	lower, err := backing.Open(d.spec.Backing, backing.Options{ReadOnly: d.spec.ReadOnly})
+	if err != nil {
 		return err
 	}
 	if err := lockMemory(); err != nil && d.spec.Front != FrontNBDServer { // whose clients are elsewhere, and which needs no privileges
@@ -179,17 +189,19 @@ func (s *Server) bring(ctx context.Context, d *Device, memory json.RawMessage) (
 			Detail: "The server's memory cannot be locked: " + err.Error() + ". Under memory pressure the device may stall.",
 			Remedy: "Let the daemon lock memory (LimitMEMLOCK=infinity, CAP_IPC_LOCK)."})
 	}
-	if d.stack, err = s.system.Add(d.spec.Name, d.lower); err != nil {
-		return errors.Join(err, d.lower.Close())
-	}
-	if err := s.trackChanges(d); err != nil {
-		return errors.Join(err, s.system.Remove(d.spec.Name), d.lower.Close())
-	}
-	served, err := s.front(d.spec.Front).serve(ctx, d.spec, shown{d.stack, d.lower.Limits(), d.changes}, memory)
+	st, err := s.system.Add(d.spec.Name, lower)
 	if err != nil {
-		return errors.Join(err, s.system.Remove(d.spec.Name), d.lower.Close())
+		return errors.Join(err, lower.Close())
 	}
-	d.served = served
+	changes, err := s.trackChanges(d.spec, st)
+	if err != nil {
+		return errors.Join(err, s.system.Remove(d.spec.Name), lower.Close())
+	}
+	served, err := s.front(d.spec.Front).serve(ctx, d.spec, shown{st, lower.Limits(), changes}, memory)
+	if err != nil {
+		return errors.Join(err, s.system.Remove(d.spec.Name), lower.Close())
+	}
+	d.set(func() { d.lower, d.stack, d.changes, d.served = lower, st, changes, served })
 	if err := s.link(d); err != nil {
 		return errors.Join(err, s.take(ctx, d))
 	}
@@ -204,8 +216,8 @@ func (s *Server) take(ctx context.Context, d *Device) error {
 	if err := d.served.remove(ctx); err != nil {
 		return err
 	}
-	d.served = nil
-	return errors.Join(s.unlink(d), s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
+	d.set(func() { d.served = nil })
+	return errors.Join(d.guard.dismiss(), s.unlink(d), s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
 }
 
 // Remove ends a device. The backing stays as it is. ErrInUse: it is open.
@@ -269,8 +281,8 @@ func (s *Server) Resize(ctx context.Context, name string, size int64) (Info, err
 func (s *Server) InUse() []string {
 	var out []string
 	for _, d := range s.list() {
-		if d.served != nil && d.served.open() {
-			out = append(out, d.spec.Name)
+		if now := d.now(); now.served != nil && now.served.open() {
+			out = append(out, now.spec.Name)
 		}
 	}
 	return out
@@ -296,13 +308,34 @@ func (s *Server) Stop(ctx context.Context) error {
 		if !d.served.outlives() {
 			errs = append(errs, s.unlink(d))
 		}
-		d.served = nil
+		d.set(func() { d.served = nil })
 	}
 	return errors.Join(append(errs, s.system.Close())...)
 }
 
 // Conditions are what is wrong with the filters of any device.
 func (s *Server) Conditions() []health.Condition { return s.health.List() }
+
+// parts are a device at one moment; served is nil while it is offline.
+type parts struct {
+	spec    Spec
+	lower   *backing.Device
+	stack   *stack.Stack
+	changes *cbt.Map
+	served  served
+}
+
+func (d *Device) now() parts {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return parts{d.spec, d.lower, d.stack, d.changes, d.served}
+}
+
+func (d *Device) set(change func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	change()
+}
 
 func (s *Server) find(name string) (*Device, error) {
 	s.mu.Lock()

@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"time"
 
 	"tidemark/internal/health"
 	"tidemark/internal/splice"
@@ -25,6 +26,8 @@ type Spec struct {
 	ID string `json:"id"`
 	// Splice says under which mapped device it lies; nil: it stands for itself.
 	Splice *splice.Splice `json:"splice,omitempty"`
+	// GiveBack is how long a splice waits for a daemon before its guard takes it out; 0: for ever.
+	GiveBack time.Duration `json:"give_back,omitempty"`
 }
 
 // token is ID as a number.
@@ -65,11 +68,12 @@ func (s *Server) check(spec *Spec) error {
 	}
 	spec.Backing = path
 	for _, d := range s.list() {
-		if d.spec.Name == spec.Name {
+		other := d.now().spec
+		if other.Name == spec.Name {
 			return fmt.Errorf("%s: %w", spec.Name, ErrExists)
 		}
-		if same(d.spec.Backing, path) {
-			return fmt.Errorf("%s is %w: it backs the device %s", path, ErrInUse, d.spec.Name)
+		if same(other.Backing, path) {
+			return fmt.Errorf("%s is %w: it backs the device %s", path, ErrInUse, other.Name)
 		}
 	}
 	if s.env.Taken != nil {
@@ -114,11 +118,12 @@ func (s *Server) List() []Info {
 }
 
 func (s *Server) info(d *Device) Info {
-	i := Info{Spec: d.spec, Conditions: d.health.List()}
-	if d.served != nil {
-		i.Kernel, i.Size, i.Open = d.served.kernel(), d.lower.Size(), d.served.open()
-		i.Node = s.node(d)
-		i.Filters = d.stack.Filters()
+	now := d.now()
+	i := Info{Spec: now.spec, Conditions: d.health.List()}
+	if now.served != nil {
+		i.Kernel, i.Size, i.Open = now.served.kernel(), now.lower.Size(), now.served.open()
+		i.Node = s.node(now)
+		i.Filters = now.stack.Filters()
 	}
 	return i
 }

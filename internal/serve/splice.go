@@ -22,18 +22,19 @@ import (
 var ErrRefused = splice.ErrRefused
 
 // Splice puts a served device under a mapped device that is in use. name is
-// what the served device is called; "" takes the mapped device's own.
-func (s *Server) Splice(ctx context.Context, path, name, front string) (Info, error) {
+// what the served device is called; "" takes the mapped device's own. Without a
+// daemon for longer than giveBack the device is taken out again; 0: never.
+func (s *Server) Splice(ctx context.Context, path, name, front string, giveBack time.Duration) (Info, error) {
 	s.changes.Lock()
 	defer s.changes.Unlock()
-	d, err := s.spliceIn(ctx, path, name, front)
+	d, err := s.spliceIn(ctx, path, name, front, giveBack)
 	if err != nil {
 		return Info{}, err
 	}
 	return s.info(d), nil
 }
 
-func (s *Server) spliceIn(ctx context.Context, path, name, front string) (*Device, error) {
+func (s *Server) spliceIn(ctx context.Context, path, name, front string, giveBack time.Duration) (*Device, error) {
 	id, err := s.spliceable(path)
 	if err != nil {
 		return nil, err
@@ -53,7 +54,7 @@ func (s *Server) spliceIn(ctx context.Context, path, name, front string) (*Devic
 	if name == "" {
 		name = sp.Name
 	}
-	spec := Spec{Name: name, Backing: lower, Front: front, Splice: sp}
+	spec := Spec{Name: name, Backing: lower, Front: front, Splice: sp, GiveBack: giveBack}
 	d, err := s.makeSpliced(ctx, c, spec)
 	if err != nil {
 		return nil, errors.Join(err, sp.Remove(c))
@@ -124,6 +125,9 @@ func (s *Server) makeSpliced(ctx context.Context, c *dm.Control, spec Spec) (d *
 	if err == nil {
 		err = s.save(record{Spec: spec, Made: true, Memory: d.served.memory()})
 		if err == nil {
+			err = s.startGuard(d)
+		}
+		if err == nil {
 			err = s.lead(c, d)
 		}
 		if err != nil {
@@ -173,6 +177,15 @@ func (s *Server) leadBack(ctx context.Context, d *Device) error {
 	} else if err != nil {
 		return err
 	}
+	return s.startGuard(d)
+}
+
+// givenBack says that the guard took the device out of its volume.
+func givenBack(d *Device, at time.Time) error {
+	d.health.Raise(health.Condition{Code: "splice-given-back", Severity: health.Error, Subject: d.spec.Name, Since: at,
+		Detail: fmt.Sprintf("There was no daemon for %v, so the volume %s was given its own table back: nothing of it is tracked since then.", d.spec.GiveBack, d.spec.Splice.Name),
+		Remedy: fmt.Sprintf("tidemark device rm %s; tidemark device splice /dev/mapper/%s; then take a full copy.", d.spec.Name, d.spec.Splice.Name)})
+	d.set(func() { d.spec.Splice = nil })
 	return nil
 }
 
@@ -184,9 +197,9 @@ func (s *Server) replaced(ctx context.Context, c *dm.Control, d *Device) error {
 	if err := errors.Join(s.take(ctx, d), sp.Remove(c), s.forgotten(name)); err != nil {
 		return err
 	}
-	fresh, err := s.spliceIn(ctx, fmt.Sprintf("/dev/block/%d:%d", sp.Major, sp.Minor), name, front)
+	fresh, err := s.spliceIn(ctx, fmt.Sprintf("/dev/block/%d:%d", sp.Major, sp.Minor), name, front, d.spec.GiveBack)
 	if err != nil {
-		d.spec.Splice = nil
+		d.set(func() { d.spec.Splice = nil })
 		d.health.Raise(health.Condition{Code: "splice-lost", Severity: health.Error, Subject: name,
 			Detail: fmt.Sprintf("The volume %s has got another table and leads past Tidemark: %v.", sp.Name, err),
 			Remedy: "Mend what it names, then: tidemark device rm " + name + "; tidemark device splice /dev/mapper/" + sp.Name + "."})
@@ -254,7 +267,7 @@ func (s *Server) watch(ctx context.Context) {
 		case <-events:
 		case <-tick.C:
 		}
-		if slices.ContainsFunc(s.list(), func(d *Device) bool { return d.spec.Splice != nil }) {
+		if slices.ContainsFunc(s.list(), func(d *Device) bool { return d.now().spec.Splice != nil }) {
 			s.checkSplices(ctx)
 		}
 	}

@@ -130,8 +130,8 @@ func TestSplice(t *testing.T) {
 	testkit.Run(t, "mkfs.ext4", "-q", dev)
 	testkit.Run(t, "mount", dev, dir)
 	t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
-	fio := startFio(t, dir, 20)
-	if out := strings.TrimSpace(d.run("device", "splice", dev, "--name", "data")); out != "data" {
+	fio := startFio(t, dir, 45)
+	if out := strings.TrimSpace(d.run("device", "splice", dev, "--name", "data", "--give-back", "8s")); out != "data" {
 		t.Fatalf("spliced as %q", out)
 	}
 	table := testkit.Run(t, "dmsetup", "table", name)
@@ -164,6 +164,21 @@ func TestSplice(t *testing.T) {
 	if now := generation(t, d); now == before {
 		t.Error("the generation goes on though writes went past the map")
 	}
+	// Without a daemon the guard gives the volume back, and its users go on.
+	d.kill()
+	deadline = time.Now().Add(2 * time.Minute)
+	for testkit.Run(t, "dmsetup", "table", name) != original {
+		if time.Now().After(deadline) {
+			t.Fatal("nobody gives the volume its own table back")
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+	d.start()
+	if text := d.run("device", "ls"); !strings.Contains(text, "splice-given-back") {
+		t.Errorf("nobody says that the volume was given back: %s", text)
+	}
+	d.run("device", "rm", "data")
+	d.run("device", "splice", dev, "--name", "data")
 	d.run("device", "unsplice", "data")
 	if now := testkit.Run(t, "dmsetup", "table", name); now != original {
 		t.Errorf("afterwards the table is %s, and was %s", now, original)
