@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"tidemark/internal/testkit"
+	"tidemark/internal/testkit/program"
 )
 
 // TestServed: a mounted file system on a served device sees a pause and no error
@@ -26,15 +27,15 @@ func TestServed(t *testing.T) {
 				t.Logf("modprobe %s: %v: %s", module, err, out)
 			}
 			testkit.Need(t, front)
-			d := newDaemon(t)
-			image := filepath.Join(d.dir, "image")
+			d := program.New(t)
+			image := filepath.Join(d.Dir, "image")
 			if err := os.WriteFile(image, nil, 0o600); err != nil {
 				t.Fatal(err)
 			}
 			if err := os.Truncate(image, 96<<20); err != nil {
 				t.Fatal(err)
 			}
-			node := strings.TrimSpace(d.run("device", "create", "--backing", image, "--front", front, "--name", "data"))
+			node := strings.TrimSpace(d.Run("device", "create", "--backing", image, "--front", front, "--name", "data"))
 			if node != "/dev/tidemark/data" {
 				t.Fatalf("the node is %q", node)
 			}
@@ -46,34 +47,31 @@ func TestServed(t *testing.T) {
 			fio := startFio(t, dir, 12)
 			for range 2 {
 				time.Sleep(2 * time.Second)
-				d.kill()
+				d.Kill()
 				time.Sleep(500 * time.Millisecond)
-				d.start()
+				d.Start()
 			}
-			if _, err := d.try("device", "rm", "data"); err == nil {
+			if _, err := d.Verb("device", "rm", "data"); err == nil {
 				t.Error("a mounted device was removed")
 			}
-			if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			if err := syscall.Kill(d.PID(), syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(time.Second)
-			if text := d.run("status"); !strings.Contains(text, "stop-refused") {
+			if text := d.Run("status"); !strings.Contains(text, "stop-refused") {
 				t.Errorf("it was asked to end while a device is mounted, and says nothing of it: %s", text)
 			}
 			fio.wait(t, d)
 			testkit.Run(t, "umount", dir)
 			testkit.Run(t, "e2fsck", "-fn", node)
-			if text := d.run("device", "ls", "--json"); !strings.Contains(text, `"open":false`) {
+			if text := d.Run("device", "ls", "--json"); !strings.Contains(text, `"open":false`) {
 				t.Errorf("devices: %s", text)
 			}
 			// In order: the daemon ends, the device waits, the next daemon has it.
-			if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-				t.Fatal(err)
-			}
-			_ = d.cmd.Wait()
-			d.start()
+			d.Stop()
+			d.Start()
 			testkit.Run(t, "e2fsck", "-fn", node)
-			d.run("device", "rm", "data")
+			d.Run("device", "rm", "data")
 			if _, err := os.Lstat(node); err == nil {
 				t.Errorf("%s is still there", node)
 			}
@@ -103,7 +101,7 @@ func startFio(t *testing.T, dir string, seconds int) *load {
 	return l
 }
 
-func (l *load) wait(t *testing.T, d *daemon) {
+func (l *load) wait(t *testing.T, d *program.Daemon) {
 	t.Helper()
 	select {
 	case err := <-l.ended:
@@ -111,7 +109,7 @@ func (l *load) wait(t *testing.T, d *daemon) {
 			t.Errorf("fio: %v: %s", err, l.out.String())
 		}
 	case <-time.After(2 * time.Minute):
-		t.Fatalf("fio hangs: %s", d.run("device", "ls"))
+		t.Fatalf("fio hangs: %s", d.Run("device", "ls"))
 	}
 }
 
@@ -125,29 +123,29 @@ func TestSplice(t *testing.T) {
 	dev := linear(t)
 	name := strings.TrimSpace(testkit.Run(t, "dmsetup", "info", "-c", "--noheadings", "-o", "name", dev))
 	original := testkit.Run(t, "dmsetup", "table", name)
-	d := newDaemon(t)
+	d := program.New(t)
 	dir := t.TempDir()
 	testkit.Run(t, "mkfs.ext4", "-q", dev)
 	testkit.Run(t, "mount", dev, dir)
 	t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
 	fio := startFio(t, dir, 45)
-	if out := strings.TrimSpace(d.run("device", "splice", dev, "--name", "data", "--give-back", "8s")); out != "data" {
+	if out := strings.TrimSpace(d.Run("device", "splice", dev, "--name", "data", "--give-back", "8s")); out != "data" {
 		t.Fatalf("spliced as %q", out)
 	}
 	table := testkit.Run(t, "dmsetup", "table", name)
 	if table == original {
 		t.Error("the volume has its old table")
 	}
-	if text, err := d.try("device", "splice", dev, "--name", "again"); err == nil {
+	if text, err := d.Verb("device", "splice", dev, "--name", "again"); err == nil {
 		t.Errorf("spliced twice: %s", text)
 	}
-	if text, err := d.try("device", "rm", "data"); err == nil {
+	if text, err := d.Verb("device", "rm", "data"); err == nil {
 		t.Errorf("removed under a volume: %s", text)
 	}
 	time.Sleep(2 * time.Second)
-	d.kill()
+	d.Kill()
 	time.Sleep(500 * time.Millisecond)
-	d.start()
+	d.Start()
 	if now := testkit.Run(t, "dmsetup", "table", name); now != table {
 		t.Errorf("after a kill the table is %s, and was %s", now, table)
 	}
@@ -155,9 +153,9 @@ func TestSplice(t *testing.T) {
 	input(t, original, "dmsetup", "reload", name)
 	testkit.Run(t, "dmsetup", "resume", name)
 	deadline := time.Now().Add(time.Minute)
-	for !strings.Contains(d.run("device", "ls"), "splice-replaced") {
+	for !strings.Contains(d.Run("device", "ls"), "splice-replaced") {
 		if time.Now().After(deadline) {
-			t.Fatalf("nobody noticed that the volume has another table: %s", d.run("device", "ls"))
+			t.Fatalf("nobody noticed that the volume has another table: %s", d.Run("device", "ls"))
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
@@ -165,7 +163,7 @@ func TestSplice(t *testing.T) {
 		t.Error("the generation goes on though writes went past the map")
 	}
 	// Without a daemon the guard gives the volume back, and its users go on.
-	d.kill()
+	d.Kill()
 	deadline = time.Now().Add(2 * time.Minute)
 	for testkit.Run(t, "dmsetup", "table", name) != original {
 		if time.Now().After(deadline) {
@@ -173,13 +171,13 @@ func TestSplice(t *testing.T) {
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
-	d.start()
-	if text := d.run("device", "ls"); !strings.Contains(text, "splice-given-back") {
+	d.Start()
+	if text := d.Run("device", "ls"); !strings.Contains(text, "splice-given-back") {
 		t.Errorf("nobody says that the volume was given back: %s", text)
 	}
-	d.run("device", "rm", "data")
-	d.run("device", "splice", dev, "--name", "data")
-	d.run("device", "unsplice", "data")
+	d.Run("device", "rm", "data")
+	d.Run("device", "splice", dev, "--name", "data")
+	d.Run("device", "unsplice", "data")
 	if now := testkit.Run(t, "dmsetup", "table", name); now != original {
 		t.Errorf("afterwards the table is %s, and was %s", now, original)
 	}
@@ -191,10 +189,10 @@ func TestSplice(t *testing.T) {
 	}
 }
 
-func generation(t *testing.T, d *daemon) string {
+func generation(t *testing.T, d *program.Daemon) string {
 	t.Helper()
 	var maps []struct{ Generation string }
-	if err := json.Unmarshal([]byte(d.run("cbt", "ls", "--json")), &maps); err != nil || len(maps) != 1 {
+	if err := json.Unmarshal([]byte(d.Run("cbt", "ls", "--json")), &maps); err != nil || len(maps) != 1 {
 		t.Fatalf("change maps: %+v (%v)", maps, err)
 	}
 	return maps[0].Generation
