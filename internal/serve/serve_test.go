@@ -313,3 +313,31 @@ func FuzzRecord(f *testing.F) {
 		}
 	})
 }
+
+// TestLookedAt: devices can be looked at while they come and go.
+func TestLookedAt(t *testing.T) {
+	s := open(t, newEnv(t))
+	path := image(t, mib)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 30 {
+			if _, err := s.Create(t.Context(), Spec{Name: "data", Backing: path, Front: FrontNBDServer}); err != nil {
+				t.Error(err)
+			}
+			if err := s.Remove(t.Context(), "data"); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	for {
+		select {
+		case <-done:
+			return
+		default:
+			s.List()
+			s.InUse()
+			_, _ = s.Changes("data") // which may be gone
+		}
+	}
+}
