@@ -74,8 +74,7 @@ func (s *Server) Changes(name string) (*cbt.Map, error) {
 
 // bitmaps shows NBD clients what changed after each snapshot of the map's
 // generation: since-N is what changed after snapshot N, up to when it is first looked at.
-func bitmaps(m *cbt.Map) []nbd.Bitmap {
-	var out []nbd.Bitmap
+func bitmaps(m *cbt.Map) (out []nbd.Bitmap) {
 	newest := m.Info()
 	for n := 1; n <= int(newest.Number); n++ {
 		table := sync.OnceValues(func() (*cbt.Changes, error) { return m.Live(newest.Generation, uint8(n)) }) // 16 MiB, maybe
@@ -97,4 +96,9 @@ func (c changeRuns) Run(r block.Range) (int64, bool, error) {
 		return n, changed, nil
 	}
 	return r.Len, true, nil // beyond what the table knows: it may have changed
+}
+
+// runsOf is a table that is there already.
+func runsOf(c *cbt.Changes) changeRuns {
+	return func() (*cbt.Changes, error) { return c, nil }
 }

@@ -8,7 +8,7 @@ import (
 	"strings"
 
 	"tidemark/internal/block"
-	"tidemark/internal/cbt"
+	"tidemark/internal/front/nbd"
 )
 
 // The fronts by name, in the order in which Auto tries them.
@@ -44,13 +44,14 @@ type served interface {
 	resized(ctx context.Context) error
 	pause(ctx context.Context) error  // this process ends
 	remove(ctx context.Context) error // the device ends; ErrInUse where it must not
+	end(ctx context.Context) error    // the device ends, also for who has it open: errors from then on
 }
 
 // shown is what a front shows.
 type shown struct {
 	dev
 	limits  block.Limits
-	changes *cbt.Map // nil where nothing is tracked
+	bitmaps func() []nbd.Bitmap // nil where nothing is tracked
 }
 
 // dev is a device with every ability that fronts use: a stack or, for a guard, the backing itself.

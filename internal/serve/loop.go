@@ -97,6 +97,9 @@ func (s loopServed) remove(ctx context.Context) error {
 	return err
 }
 
+// end leaves a device that is open to its last user.
+func (s loopServed) end(ctx context.Context) error { return s.pause(ctx) }
+
 func diskSeq(path string) uint64 {
 	b, err := os.ReadFile("/sys/class/block/" + filepath.Base(path) + "/diskseq")
 	if err != nil {

@@ -67,3 +67,21 @@ func (s nbdKernelServed) remove(ctx context.Context) error {
 	}
 	return err
 }
+
+// end leaves a device that is open to its last user: until then it gives errors.
+func (s nbdKernelServed) end(ctx context.Context) error {
+	err := s.Detach(ctx)
+	if !errors.Is(err, nbdk.ErrBusy) {
+		return err
+	}
+	go func() { // ends with the last user, or with this process
+		for err := err; errors.Is(err, nbdk.ErrBusy); err = s.Detach(context.Background()) {
+			select {
+			case <-s.Done():
+				return
+			case <-time.After(time.Second):
+			}
+		}
+	}()
+	return nil
+}

@@ -41,7 +41,7 @@ func (f nbdServer) serve(_ context.Context, spec Spec, dev shown, _ json.RawMess
 	}
 	server := &nbd.Server{Log: f.log}
 	if err := server.Add(nbd.Export{Name: l.Export, Description: "tidemark device " + spec.Name, Device: dev, ReadOnly: spec.ReadOnly, BlockSize: dev.limits.LogicalBlock,
-		Bitmaps: func() []nbd.Bitmap { return bitmaps(dev.changes) }}); err != nil {
+		Bitmaps: dev.bitmaps}); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -83,6 +83,8 @@ func (s *nbdServed) remove(ctx context.Context) error {
 	}
 	return s.pause(ctx)
 }
+
+func (s *nbdServed) end(ctx context.Context) error { return s.pause(ctx) }
 
 // counted is a listener that knows how many of its connections are open.
 type counted struct {

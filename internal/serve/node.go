@@ -19,37 +19,48 @@ func (s *Server) node(d parts) string {
 	return filepath.Join(s.env.Nodes, d.spec.Name)
 }
 
-// link makes our own name for the kernel's node, without udev. What a daemon
-// that was killed left there is replaced; anything else is not ours to take.
 func (s *Server) link(d *Device) error {
-	if d.served.kernel() == "" || d.spec.Splice != nil {
+	if d.spec.Splice != nil {
+		return nil
+	}
+	return s.linkTo(d.spec.Name, d.served)
+}
+
+// linkTo makes our own name for the kernel's node, without udev. What a daemon
+// that was killed left there is replaced; anything else is not ours to take.
+func (s *Server) linkTo(name string, shows served) error {
+	if shows.kernel() == "" {
 		return nil
 	}
 	if err := os.MkdirAll(s.env.Nodes, 0o755); err != nil {
 		return err
 	}
-	name := s.node(d.now())
-	st, err := os.Lstat(name)
+	path := filepath.Join(s.env.Nodes, name)
+	st, err := os.Lstat(path)
 	switch {
 	case err == nil && st.Mode()&fs.ModeSymlink == 0:
-		return fmt.Errorf("%s is there and is not of Tidemark: remove it, or give another --name: %w", name, ErrExists)
+		return fmt.Errorf("%s is there and is not of Tidemark: remove it, or give another --name: %w", path, ErrExists)
 	case err == nil:
-		if err := os.Remove(name); err != nil {
+		if err := os.Remove(path); err != nil {
 			return err
 		}
 	case !errors.Is(err, fs.ErrNotExist):
 		return err
 	}
-	return os.Symlink(d.served.kernel(), name)
+	return os.Symlink(shows.kernel(), path)
 }
 
 func (s *Server) unlink(d *Device) error {
-	name := filepath.Join(s.env.Nodes, d.spec.Name)
 	if d.spec.Splice != nil {
 		return nil
 	}
-	if st, err := os.Lstat(name); err != nil || st.Mode()&fs.ModeSymlink == 0 {
+	return s.unlinkName(d.spec.Name)
+}
+
+func (s *Server) unlinkName(name string) error {
+	path := filepath.Join(s.env.Nodes, name)
+	if st, err := os.Lstat(path); err != nil || st.Mode()&fs.ModeSymlink == 0 {
 		return nil // an NBD server has none
 	}
-	return os.Remove(name)
+	return os.Remove(path)
 }

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"tidemark/internal/vfs"
@@ -59,7 +60,8 @@ func decodeRecord(b []byte) (record, error) {
 	if err := json.Unmarshal(f.Record, &r); err != nil {
 		return record{}, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	return r, CheckName(r.Spec.Name)
+	device, _, _ := strings.Cut(r.Spec.Name, "@") // an image is NAME@SNAPSHOT
+	return r, CheckName(device)
 }
 
 func (s *Server) path(name string) string { return filepath.Join(s.folder, name+recordSuffix) }

@@ -20,7 +20,11 @@ import (
 
 	"tidemark/internal/backing"
 	"tidemark/internal/cbt"
+	"tidemark/internal/filter/barrier"
+	"tidemark/internal/filter/cow"
+	"tidemark/internal/front/nbd"
 	"tidemark/internal/health"
+	"tidemark/internal/snapshot"
 	"tidemark/internal/stack"
 )
 
@@ -54,10 +58,15 @@ type Server struct {
 	env     *Env
 	fronts  map[string]front
 	system  *stack.System
+	set     *snapshot.Set
+	images  map[string]*image // by snapshot and device
+	logs    map[string]*eventLog
+	disks   map[string]*backing.Device // difference storage on disks of others
 	health  health.Set
 	folder  string
 	changes sync.Mutex // one device is made or removed at a time
 
+	watch0   context.Context // until Stop
 	cancel   context.CancelFunc
 	watching sync.WaitGroup
 
@@ -74,6 +83,7 @@ type Device struct {
 	spec  Spec
 	lower *backing.Device
 	stack *stack.Stack
+	part  snapshot.Device // its filters, as snapshots need them
 
 	changes *cbt.Map
 	guard   *guard // of a splice
@@ -85,6 +95,8 @@ type Device struct {
 func Open(ctx context.Context, env *Env) (*Server, error) {
 	s := &Server{env: env, fronts: newFronts(env), folder: filepath.Join(env.StateDir, "devices"), devices: map[string]*Device{}}
 	s.system = stack.New(stack.Config{}, &s.health)
+	s.watch0, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	s.images, s.logs, s.disks = map[string]*image{}, map[string]*eventLog{}, map[string]*backing.Device{}
 	if env.Nodes == "" {
 		env.Nodes = "/dev/tidemark"
 	}
@@ -92,6 +104,7 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
+	records := map[string]record{}
 	for _, e := range entries {
 		name, ok := strings.CutSuffix(e.Name(), recordSuffix)
 		if !ok || CheckName(name) != nil {
@@ -106,18 +119,28 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 			}
 		} else if err == nil {
 			d.spec = r.Spec
-			err = s.bringBack(ctx, d, r)
+			if !r.GivenBack.IsZero() {
+				givenBack(d, r.GivenBack)
+			} else if err = s.lay(d); err == nil {
+				records[name] = r
+			}
 		}
 		if err != nil {
-			env.Log.Error("a served device is not there", "device", name, "error", err)
-			d.health.Raise(health.Condition{Code: "device-offline", Severity: health.Error, Subject: name, Detail: err.Error(),
-				Remedy: "Mend what it names and start the daemon again, or remove the device: tidemark device rm " + name + "."})
+			s.offline(d, err)
 		}
 		s.devices[name] = d
 	}
-	watch, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	s.cancel = cancel
-	s.watching.Go(func() { s.watch(watch) })
+	// Snapshots go on before the first request comes through a front.
+	if err := s.openSnapshots(); err != nil {
+		return nil, errors.Join(err, s.system.Close())
+	}
+	for name, r := range records {
+		if err := s.bringBack(ctx, s.devices[name], r); err != nil {
+			s.offline(s.devices[name], err)
+		}
+	}
+	s.bringBackImages(ctx)
+	s.watching.Go(func() { s.watch(s.watch0) })
 	return s, nil
 }
 
@@ -158,12 +181,16 @@ func newID() (string, error) {
 	return hex.EncodeToString(id[:]), err
 }
 
-// bringBack brings a device of an earlier process.
+// offline says why a device is not there.
+func (s *Server) offline(d *Device, err error) {
+	s.env.Log.Error("a served device is not there", "device", d.spec.Name, "error", err)
+	d.health.Raise(health.Condition{Code: "device-offline", Severity: health.Error, Subject: d.spec.Name, Detail: err.Error(),
+		Remedy: "Mend what it names and start the daemon again, or remove the device: tidemark device rm " + d.spec.Name + "."})
+}
+
+// bringBack shows a device of an earlier process.
 func (s *Server) bringBack(ctx context.Context, d *Device, r record) error {
-	if !r.GivenBack.IsZero() {
-		return givenBack(d, r.GivenBack)
-	}
-	if err := s.bring(ctx, d, r.Memory); err != nil {
+	if err := s.show(ctx, d, r.Memory); err != nil {
 		return err
 	}
 	if now := d.served.memory(); string(now) != string(r.Memory) {
@@ -178,30 +205,59 @@ func (s *Server) bringBack(ctx context.Context, d *Device, r record) error {
 	return nil
 }
 
-// bring opens the backing and puts the front over it; memory is the front's, of the process before.
+// bring makes a device out of its backing; memory is the front's, of the process before.
 func (s *Server) bring(ctx context.Context, d *Device, memory json.RawMessage) error {
+	if err := s.lay(d); err != nil {
+		return err
+	}
+	return s.show(ctx, d, memory)
+}
+
+// lay opens the backing and lays the stack of filters over it.
+func (s *Server) lay(d *Device) error {
 	lower, err := backing.Open(d.spec.Backing, backing.Options{ReadOnly: d.spec.ReadOnly})
 	if err != nil {
 		return err
-	}
-	if err := lockMemory(); err != nil && d.spec.Front != FrontNBDServer { // whose clients are elsewhere, and which needs no privileges
-		d.health.Raise(health.Condition{Code: "memory-not-locked", Severity: health.Warning, Subject: d.spec.Name,
-			Detail: "The server's memory cannot be locked: " + err.Error() + ". Under memory pressure the device may stall.",
-			Remedy: "Let the daemon lock memory (LimitMEMLOCK=infinity, CAP_IPC_LOCK)."})
 	}
 	st, err := s.system.Add(d.spec.Name, lower)
 	if err != nil {
 		return errors.Join(err, lower.Close())
 	}
-	changes, err := s.trackChanges(d.spec, st)
+	part := snapshot.Device{Name: d.spec.Name}
+	part.Changes, err = s.trackChanges(d.spec, st)
+	for _, f := range []struct {
+		name     string
+		altitude int
+		driver   stack.Driver
+	}{
+		{cow.Name, cow.Altitude, cow.Driver(func(f *cow.Filter) { part.Cow = f })},
+		{barrier.Name, barrier.Altitude, barrier.Driver(func(f *barrier.Filter) { part.Barrier = f })},
+	} {
+		if err == nil {
+			_, err = st.Attach(f.name, f.altitude, f.driver)
+		}
+	}
 	if err != nil {
 		return errors.Join(err, s.system.Remove(d.spec.Name), lower.Close())
 	}
-	served, err := s.front(d.spec.Front).serve(ctx, d.spec, shown{st, lower.Limits(), changes}, memory)
-	if err != nil {
-		return errors.Join(err, s.system.Remove(d.spec.Name), lower.Close())
+	d.set(func() { d.lower, d.stack, d.changes, d.part = lower, st, part.Changes, part })
+	return nil
+}
+
+// show puts the front over a device that is laid. Where it fails the device is taken apart.
+func (s *Server) show(ctx context.Context, d *Device, memory json.RawMessage) error {
+	if err := lockMemory(); err != nil && d.spec.Front != FrontNBDServer { // whose clients are elsewhere, and which needs no privileges
+		d.health.Raise(health.Condition{Code: "memory-not-locked", Severity: health.Warning, Subject: d.spec.Name,
+			Detail: "The server's memory cannot be locked: " + err.Error() + ". Under memory pressure the device may stall.",
+			Remedy: "Let the daemon lock memory (LimitMEMLOCK=infinity, CAP_IPC_LOCK)."})
 	}
-	d.set(func() { d.lower, d.stack, d.changes, d.served = lower, st, changes, served })
+	changes := d.changes
+	served, err := s.front(d.spec.Front).serve(ctx, d.spec, shown{d.stack, d.lower.Limits(), func() []nbd.Bitmap { return bitmaps(changes) }}, memory)
+	if err != nil {
+		d.set(func() { d.stack = nil })
+		return errors.Join(err, s.system.Remove(d.spec.Name), d.lower.Close())
+	}
+	d.set(func() { d.served = served })
 	if err := s.link(d); err != nil {
 		return errors.Join(err, s.take(ctx, d))
 	}
@@ -216,7 +272,7 @@ func (s *Server) take(ctx context.Context, d *Device) error {
 	if err := d.served.remove(ctx); err != nil {
 		return err
 	}
-	d.set(func() { d.served = nil })
+	d.set(func() { d.served, d.stack = nil, nil })
 	return errors.Join(d.guard.dismiss(), s.unlink(d), s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
 }
 
@@ -230,6 +286,11 @@ func (s *Server) Remove(ctx context.Context, name string) error {
 	}
 	if d.spec.Splice != nil {
 		return fmt.Errorf("%s: %w by the volume %s, under which it lies: tidemark device unsplice %[1]s", name, ErrInUse, d.spec.Splice.Name)
+	}
+	for _, i := range s.set.List() {
+		if slices.ContainsFunc(i.Devices, func(d snapshot.DeviceInfo) bool { return d.Name == name }) {
+			return fmt.Errorf("%s: %w by the snapshot %s: tidemark snapshot destroy %[3]s", name, ErrInUse, i.ID)
+		}
 	}
 	if d.served == nil {
 		if r, err := s.load(name); err == nil {
@@ -285,7 +346,7 @@ func (s *Server) InUse() []string {
 			out = append(out, now.spec.Name)
 		}
 	}
-	return out
+	return append(out, s.imagesInUse()...)
 }
 
 // Stop lets go of the devices: those whose front outlives this process wait for
@@ -295,20 +356,32 @@ func (s *Server) Stop(ctx context.Context) error {
 	s.watching.Wait()
 	s.changes.Lock()
 	defer s.changes.Unlock()
-	var errs []error
+	errs := []error{s.pauseImages(ctx)}
+	var laid, quiet []*Device
 	for _, d := range s.list() {
+		if d.stack == nil {
+			continue
+		}
+		laid = append(laid, d)
 		if d.served == nil {
 			continue
 		}
-		paused := d.served.pause(ctx)
-		errs = append(errs, paused, s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
-		if paused == nil { // nobody writes any more
-			errs = append(errs, s.saveChanges(d))
+		err := d.served.pause(ctx)
+		if err == nil { // nobody writes any more
+			quiet = append(quiet, d)
 		}
+		errs = append(errs, err)
 		if !d.served.outlives() {
 			errs = append(errs, s.unlink(d))
 		}
-		d.set(func() { d.served = nil })
+	}
+	errs = append(errs, s.set.Stop(), s.closeDisks())
+	for _, d := range laid {
+		errs = append(errs, s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
+		if slices.Contains(quiet, d) {
+			errs = append(errs, s.saveChanges(d))
+		}
+		d.set(func() { d.served, d.stack = nil, nil })
 	}
 	return errors.Join(append(errs, s.system.Close())...)
 }

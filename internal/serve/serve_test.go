@@ -53,7 +53,7 @@ func open(t *testing.T, env *Env) *Server {
 	return s
 }
 
-func image(t *testing.T, size int64) string {
+func imageFile(t *testing.T, size int64) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "image")
 	f, err := os.Create(path)
@@ -102,7 +102,7 @@ func qemuIO(t *testing.T, uri string, commands ...string) {
 // TestServerRestart: what was written over NBD is in the file, and the device
 // comes back under its name and address after a clean end and after a kill.
 func TestServerRestart(t *testing.T) {
-	env, path := newEnv(t), image(t, 8*mib)
+	env, path := newEnv(t), imageFile(t, 8*mib)
 	s := open(t, env)
 	i := create(t, s, Spec{Name: "data", Backing: path, Front: FrontNBDServer})
 	if i.Kernel != "" || !strings.HasPrefix(i.Node, "nbd+unix:///data?socket=") || i.Size != 8*mib {
@@ -142,7 +142,7 @@ func TestServerRestart(t *testing.T) {
 // is not removed while it is open, and its backing keeps what was written.
 func TestLoop(t *testing.T) {
 	testkit.Need(t, "root", "loop", "fuse")
-	env, path := newEnv(t), image(t, 8*mib)
+	env, path := newEnv(t), imageFile(t, 8*mib)
 	s := open(t, env)
 	i := create(t, s, Spec{Name: "data", Backing: path, Front: FrontLoop})
 	if i.Node != filepath.Join(env.Nodes, "data") {
@@ -193,10 +193,10 @@ func TestLoop(t *testing.T) {
 
 // TestRefusals: what is refused leaves nothing behind.
 func TestRefusals(t *testing.T) {
-	env, path := newEnv(t), image(t, mib)
+	env, path := newEnv(t), imageFile(t, mib)
 	s := open(t, env)
 	create(t, s, Spec{Name: "first", Backing: path, Front: FrontNBDServer})
-	other := image(t, mib)
+	other := imageFile(t, mib)
 	link := filepath.Join(t.TempDir(), "link")
 	if err := os.Symlink(path, link); err != nil {
 		t.Fatal(err)
@@ -245,7 +245,7 @@ func TestRefusals(t *testing.T) {
 // TestRemembered: a record of a create that was killed goes, a damaged one is
 // told of and stays until the device is removed.
 func TestRemembered(t *testing.T) {
-	env, path := newEnv(t), image(t, mib)
+	env, path := newEnv(t), imageFile(t, mib)
 	s := open(t, env)
 	create(t, s, Spec{Name: "whole", Backing: path, Front: FrontNBDServer})
 	if err := s.save(record{Spec: Spec{Name: "half", Backing: path, Front: FrontLoop}}); err != nil {
@@ -317,7 +317,7 @@ func FuzzRecord(f *testing.F) {
 // TestLookedAt: devices can be looked at while they come and go.
 func TestLookedAt(t *testing.T) {
 	s := open(t, newEnv(t))
-	path := image(t, mib)
+	path := imageFile(t, mib)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

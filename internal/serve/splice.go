@@ -181,12 +181,11 @@ func (s *Server) leadBack(ctx context.Context, d *Device) error {
 }
 
 // givenBack says that the guard took the device out of its volume.
-func givenBack(d *Device, at time.Time) error {
+func givenBack(d *Device, at time.Time) {
 	d.health.Raise(health.Condition{Code: "splice-given-back", Severity: health.Error, Subject: d.spec.Name, Since: at,
 		Detail: fmt.Sprintf("There was no daemon for %v, so the volume %s was given its own table back: nothing of it is tracked since then.", d.spec.GiveBack, d.spec.Splice.Name),
 		Remedy: fmt.Sprintf("tidemark device rm %s; tidemark device splice /dev/mapper/%s; then take a full copy.", d.spec.Name, d.spec.Splice.Name)})
 	d.set(func() { d.spec.Splice = nil })
-	return nil
 }
 
 // replaced begins anew where somebody else has given the volume another table:

@@ -77,3 +77,5 @@ func (s ublkServed) remove(ctx context.Context) error {
 	}
 	return s.Delete(ctx)
 }
+
+func (s ublkServed) end(ctx context.Context) error { return s.Delete(ctx) }

@@ -2,6 +2,7 @@ package serve
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -75,4 +76,69 @@ func processWith(nodes map[uint64]string) string {
 		}
 	}
 	return ""
+}
+
+// family is a disk's relation to another.
+type family uint8
+
+const (
+	stranger family = iota
+	itself
+	above // a partition, or stacked on it
+)
+
+// where says how the block device with a number is related to a kernel node.
+func where(kernel string, dev uint64) family {
+	base := filepath.Base(kernel)
+	path, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(dev), unix.Minor(dev)))
+	if err != nil {
+		return stranger
+	}
+	if filepath.Base(path) == base {
+		return itself
+	}
+	if liesOn(path, base, 16) {
+		return above
+	}
+	return stranger
+}
+
+// liesOn says whether a device of sysfs is a partition of, or stacked on, another.
+func liesOn(path, base string, depth int) bool {
+	parent := filepath.Dir(path)
+	if _, err := os.Stat(filepath.Join(path, "partition")); err == nil && (filepath.Base(parent) == base || liesOn(parent, base, depth-1)) {
+		return true
+	}
+	lower, _ := filepath.Glob(filepath.Join(path, "slaves", "*")) // a pattern without faults
+	for _, l := range lower {
+		real, err := filepath.EvalSymlinks(l)
+		if err == nil && (filepath.Base(real) == base || depth > 0 && liesOn(real, base, depth-1)) {
+			return true
+		}
+	}
+	return false
+}
+
+// mountsOn lists where file systems on a device, its partitions and what is stacked on it are mounted.
+func mountsOn(kernel string) (out []string) {
+	mounts, err := disk.Mounts()
+	if err != nil {
+		return nil
+	}
+	for _, m := range mounts {
+		for _, name := range m.Devices {
+			text, err := os.ReadFile("/sys/class/block/" + name + "/dev")
+			if err != nil {
+				continue
+			}
+			major, minor, _ := strings.Cut(strings.TrimSpace(string(text)), ":")
+			x, _ := strconv.ParseUint(major, 10, 32)
+			y, _ := strconv.ParseUint(minor, 10, 32)
+			if where(kernel, unix.Mkdev(uint32(x), uint32(y))) != stranger {
+				out = append(out, m.Point)
+				break
+			}
+		}
+	}
+	return out
 }
