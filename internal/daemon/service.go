@@ -14,6 +14,7 @@ import (
 	"tidemark/internal/backing"
 	"tidemark/internal/cbt"
 	"tidemark/internal/control/api"
+	"tidemark/internal/diff"
 	"tidemark/internal/disk"
 	"tidemark/internal/dm"
 	"tidemark/internal/freeze"
@@ -21,6 +22,7 @@ import (
 	"tidemark/internal/protect"
 	"tidemark/internal/segment"
 	"tidemark/internal/serve"
+	"tidemark/internal/snapshot"
 	"tidemark/internal/spool"
 	"tidemark/internal/stream"
 	"tidemark/internal/tap"
@@ -224,6 +226,12 @@ func coded(err error) error {
 		{cbt.ErrFullCopy, api.CodeFullCopy, "Copy the whole device, from a snapshot, and ask from that snapshot on."},
 		{serve.ErrRefused, api.CodeRefused, ""},
 		{dm.ErrNoMapper, api.CodeRefused, ""},
+		{snapshot.ErrNoSuch, api.CodeNotFound, "tidemark snapshot ls lists the snapshots."},
+		{snapshot.ErrNoDevice, api.CodeNotFound, "tidemark device ls lists the devices."},
+		{snapshot.ErrTaken, api.CodeRefused, ""},
+		{snapshot.ErrNotTaken, api.CodeRefused, "tidemark snapshot take makes its images."},
+		{snapshot.ErrNoStorage, api.CodeRefused, "Give it some: tidemark snapshot append."},
+		{diff.ErrRefused, api.CodeRefused, ""},
 		{serve.ErrSize, api.CodeUsage, ""},
 		{serve.ErrDamaged, api.CodeDamaged, ""},
 		{fs.ErrNotExist, api.CodeNotFound, ""},

@@ -55,16 +55,18 @@ type Env struct {
 
 // Server holds the served devices of a daemon. All methods may be called concurrently.
 type Server struct {
-	env     *Env
-	fronts  map[string]front
-	system  *stack.System
-	set     *snapshot.Set
-	images  map[string]*image // by snapshot and device
-	logs    map[string]*eventLog
-	disks   map[string]*backing.Device // difference storage on disks of others
-	health  health.Set
-	folder  string
-	changes sync.Mutex // one device is made or removed at a time
+	env      *Env
+	fronts   map[string]front
+	system   *stack.System
+	set      *snapshot.Set
+	memory   string            // folder for what outlives this process, and not a reboot; "": none
+	images   map[string]*image // by snapshot and device
+	logs     map[string]*eventLog
+	byExtent map[string]bool            // difference storage that is written below its file system
+	disks    map[string]*backing.Device // difference storage on disks of others
+	health   health.Set
+	folder   string
+	changes  sync.Mutex // one device is made or removed at a time
 
 	watch0   context.Context // until Stop
 	cancel   context.CancelFunc
@@ -96,7 +98,7 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 	s := &Server{env: env, fronts: newFronts(env), folder: filepath.Join(env.StateDir, "devices"), devices: map[string]*Device{}}
 	s.system = stack.New(stack.Config{}, &s.health)
 	s.watch0, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	s.images, s.logs, s.disks = map[string]*image{}, map[string]*eventLog{}, map[string]*backing.Device{}
+	s.images, s.logs, s.disks, s.byExtent = map[string]*image{}, map[string]*eventLog{}, map[string]*backing.Device{}, map[string]bool{}
 	if env.Nodes == "" {
 		env.Nodes = "/dev/tidemark"
 	}

@@ -14,11 +14,15 @@ import (
 	"testing"
 	"time"
 
+	"tidemark/internal/freeze"
 	fuseloop "tidemark/internal/front/loop"
 	"tidemark/internal/testkit"
 )
 
 func TestMain(m *testing.M) {
+	if freeze.IsWatchdog() {
+		os.Exit(freeze.WatchdogMain())
+	}
 	if os.Getenv("TIDEMARK_HELPER") != "" {
 		if err := fuseloop.HelperMain(os.Args[1:]); err != nil {
 			println(err.Error())
@@ -44,6 +48,9 @@ func open(t *testing.T, env *Env) *Server {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		if s.watch0.Err() != nil {
+			return // stopped by the test
+		}
 		for _, d := range s.list() {
 			if err := s.Remove(context.Background(), d.spec.Name); err != nil && !errors.Is(err, ErrNotFound) {
 				t.Error(err)

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -49,8 +50,9 @@ func (s *Server) openSnapshots() error {
 	if err != nil {
 		return err
 	}
+	s.memory = s.memoryFolder()
 	s.set, err = snapshot.Open(snapshot.Config{
-		Dir: filepath.Join(s.env.StateDir, "snapshots"), Memory: s.memoryFolder(), BootID: strings.TrimSpace(string(boot)),
+		Dir: filepath.Join(s.env.StateDir, "snapshots"), Memory: s.memory, BootID: strings.TrimSpace(string(boot)),
 		Device: s.partsOf, Locate: s.locate, Freeze: s.freezeDevices,
 	})
 	return err
@@ -63,11 +65,7 @@ func (s *Server) memoryFolder() string {
 		return ""
 	}
 	sum := sha256.Sum256([]byte(s.env.StateDir))
-	dir := filepath.Join("/dev/shm", "tidemark-"+hex.EncodeToString(sum[:8]))
-	if os.MkdirAll(dir, 0o700) != nil {
-		return ""
-	}
-	return dir
+	return filepath.Join("/dev/shm", "tidemark-"+hex.EncodeToString(sum[:8]))
 }
 
 // partsOf finds a device by its name or by what device create printed.
@@ -96,7 +94,9 @@ func (s *Server) named(name string) (*Device, error) {
 
 // freezeDevices freezes what is mounted from the devices, together.
 func (s *Server) freezeDevices(ctx context.Context, names []string) (func() error, error) {
-	r := freeze.Request{Own: []string{s.env.StateDir}}
+	s.mu.Lock()
+	r := freeze.Request{Own: []string{s.env.StateDir}, Except: slices.Collect(maps.Keys(s.byExtent))}
+	s.mu.Unlock()
 	for _, name := range names {
 		d, err := s.find(name)
 		if err != nil {
@@ -142,6 +142,13 @@ func (s *Server) locate(path string) (snapshot.Place, error) {
 	if err != nil {
 		return snapshot.Place{}, fmt.Errorf("difference storage %s: %w", path, err)
 	}
+	if below != nil && file { // it is open, and nobody writes it through its file system
+		if dir, err := filepath.EvalSymlinks(filepath.Dir(path)); err == nil {
+			s.mu.Lock()
+			s.byExtent[filepath.Join(dir, filepath.Base(path))] = true
+			s.mu.Unlock()
+		}
+	}
 	if below != nil || file {
 		return snapshot.Place{Device: below, File: file}, nil
 	}
@@ -179,6 +186,11 @@ func (s *Server) CreateSnapshot(r snapshot.Request) (snapshot.Info, error) {
 			return snapshot.Info{}, err
 		}
 		r.Devices[i] = d.now().spec.Name
+	}
+	if s.memory != "" {
+		if err := os.MkdirAll(s.memory, 0o700); err != nil {
+			return snapshot.Info{}, err
+		}
 	}
 	id, err := s.set.Create(r)
 	if err != nil {
@@ -331,6 +343,7 @@ func (s *Server) DestroySnapshot(ctx context.Context, id snapshot.ID) error {
 	s.health.Clear("image-offline", info.ID)
 	if len(s.set.List()) == 0 {
 		errs = append(errs, s.closeDisks())
+		_ = os.Remove(s.memory) // where it is empty
 	}
 	return errors.Join(errs...)
 }

@@ -61,6 +61,8 @@ func TestOpenAPISchemas(t *testing.T) {
 		"Device": reflect.TypeFor[Device](), "Filter": reflect.TypeFor[Filter](), "DeviceRequest": reflect.TypeFor[DeviceRequest](),
 		"ResizeRequest": reflect.TypeFor[ResizeRequest](), "SpliceRequest": reflect.TypeFor[SpliceRequest](), "ChangeMap": reflect.TypeFor[ChangeMap](), "ByteRange": reflect.TypeFor[ByteRange](),
 		"ChangesRequest": reflect.TypeFor[ChangesRequest](), "MarkRequest": reflect.TypeFor[MarkRequest](),
+		"Snapshot": reflect.TypeFor[Snapshot](), "SnapshotDevice": reflect.TypeFor[SnapshotDevice](), "SnapshotStorage": reflect.TypeFor[SnapshotStorage](),
+		"StorageSpec": reflect.TypeFor[StorageSpec](), "SnapshotRequest": reflect.TypeFor[SnapshotRequest](), "SnapshotEvent": reflect.TypeFor[SnapshotEvent](),
 	}
 	for name := range doc.Components.Schemas {
 		if _, ok := types[name]; !ok && !slices.Contains([]string{"Error", "Changes"}, name) { // an envelope, and one with another type in it

@@ -115,6 +115,7 @@ type LiveDisk struct {
 type Service interface {
 	Devices
 	ChangeMaps
+	Snapshots
 	Status(ctx context.Context) (Status, error)
 	Protect(ctx context.Context, r ProtectRequest) (Group, error)
 	Unprotect(ctx context.Context, group string, abandon bool) error
