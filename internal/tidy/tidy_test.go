@@ -75,7 +75,7 @@ var layer = map[string][]string{
 	"internal/front/loop": {"internal/block", "internal/loop"},
 	"internal/overlay":    {"internal/block"},
 	"internal/mount":      {"internal/block", "internal/front/loop", "internal/loop"},
-	"internal/serve": {"internal/block", "internal/backing", "internal/cbt", "internal/disk", "internal/dm", "internal/filter/...", "internal/front/...",
+	"internal/serve": {"internal/block", "internal/backing", "internal/cbt", "internal/diff", "internal/disk", "internal/dm", "internal/filter/...", "internal/front/...",
 		"internal/freeze", "internal/health", "internal/loop", "internal/snapshot", "internal/splice", "internal/stack", "internal/vfs"},
 
 	// Assembly and the ways to command it.
