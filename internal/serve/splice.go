@@ -196,7 +196,7 @@ func (s *Server) replaced(ctx context.Context, c *dm.Control, d *Device) error {
 	if err := errors.Join(s.take(ctx, d), sp.Remove(c), s.forgotten(name)); err != nil {
 		return err
 	}
-	fresh, err := s.spliceIn(ctx, fmt.Sprintf("/dev/block/%d:%d", sp.Major, sp.Minor), name, front, d.spec.GiveBack)
+	fresh, err := s.spliceIn(ctx, fmt.Sprintf("/dev/dm-%d", sp.Minor), name, front, d.spec.GiveBack)
 	if err != nil {
 		d.set(func() { d.spec.Splice = nil })
 		d.health.Raise(health.Condition{Code: "splice-lost", Severity: health.Error, Subject: name,
