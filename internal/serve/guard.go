@@ -121,7 +121,13 @@ func GuardMain(text string) error {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil
 	}
-	return giveBack(c, conf)
+	err = giveBack(c, conf)
+	if err != nil { // the kernel's log is in memory
+		if f, openErr := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); openErr == nil {
+			fmt.Fprintf(f, "<3>tidemark: giving the volume %s back: %v\n", conf.Spec.Splice.Name, err)
+		}
+	}
+	return err
 }
 
 // giveBack serves what was held, swaps the table back, and leaves word of it.

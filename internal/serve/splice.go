@@ -125,9 +125,6 @@ func (s *Server) makeSpliced(ctx context.Context, c *dm.Control, spec Spec) (d *
 	if err == nil {
 		err = s.save(record{Spec: spec, Made: true, Memory: d.served.memory()})
 		if err == nil {
-			err = s.startGuard(d)
-		}
-		if err == nil {
 			err = s.lead(c, d)
 		}
 		if err != nil {
@@ -147,6 +144,10 @@ func (s *Server) makeSpliced(ctx context.Context, c *dm.Control, spec Spec) (d *
 func (s *Server) lead(c *dm.Control, d *Device) error {
 	major, minor, err := numberOf(d.served.kernel())
 	if err != nil {
+		return err
+	}
+	d.set(func() { d.spec.Splice.Upper = fmt.Sprintf("%d:%d", major, minor) }) // which the guard has to know
+	if err := s.startGuard(d); err != nil {
 		return err
 	}
 	return d.spec.Splice.In(c, major, minor)
