@@ -7,14 +7,12 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"time"
 
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/spf13/cobra"
 
 	"tidemark/internal/control/api"
 	"tidemark/internal/front/loop"
-	"tidemark/internal/serve"
 )
 
 func newDevice() *cobra.Command {
@@ -216,7 +214,6 @@ func newDeviceFilters() *cobra.Command {
 func newDeviceSplice() *cobra.Command {
 	var req api.SpliceRequest
 	var asJSON bool
-	var giveBack time.Duration
 	cmd := &cobra.Command{
 		Use:   "splice DM-DEVICE",
 		Short: "Put a served device under an LVM volume that is in use",
@@ -224,16 +221,11 @@ func newDeviceSplice() *cobra.Command {
 example, through a served device: its table is swapped while it is in use, and
 its users see a pause and no error. The volume keeps its name.
 
-While the daemon is not there, requests of the volume wait for it. When it has been
-gone for as long as --give-back says, a small guard process gives the volume its
-own table back, and what is written from then on is not tracked.`,
+While the daemon is not there, requests of the volume wait for it.`,
 		Example: "  tidemark device splice /dev/vg/data\n  tidemark device unsplice vg-data",
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			if req.Device, err = filepath.Abs(args[0]); err != nil {
 				return err
-			}
-			if req.GiveBackMillis = giveBack.Milliseconds(); giveBack < 0 || giveBack > 0 && giveBack < time.Second {
-				return usageError{fmt.Errorf("--give-back: %v: want at least 1s, or 0 for never", giveBack)}
 			}
 			d, err := dial(socketFlagOf(cmd)).Splice(cmd.Context(), req)
 			if err != nil {
@@ -250,7 +242,6 @@ own table back, and what is written from then on is not tracked.`,
 	f := cmd.Flags()
 	f.StringVar(&req.Name, "name", "", "name of the served device (default: the volume's)")
 	f.StringVar(&req.Front, "front", "auto", "how it is shown: auto, ublk or nbd")
-	f.DurationVar(&giveBack, "give-back", 2*time.Minute, "without a daemon for that long, give the volume its own table back; 0: wait for ever")
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
 }
@@ -272,11 +263,6 @@ func newDeviceUnsplice() *cobra.Command {
 // newDeviceHelper is what the daemon starts to touch a loop device that it serves itself.
 func newDeviceHelper() *cobra.Command {
 	return &cobra.Command{Use: "device-helper ACTION ABOUT", Hidden: true, RunE: func(_ *cobra.Command, args []string) error { return loop.HelperMain(args) }}
-}
-
-// newSpliceGuard is what the daemon starts for each splice.
-func newSpliceGuard() *cobra.Command {
-	return &cobra.Command{Use: "splice-guard CONFIG", Hidden: true, RunE: func(_ *cobra.Command, args []string) error { return serve.GuardMain(args[0]) }}
 }
 
 func completeDevices(cmd *cobra.Command, args []string, begun string) ([]string, cobra.ShellCompDirective) {

@@ -97,7 +97,7 @@ A first round trip:
 		return usageError{fmt.Errorf("%w\n  See: %s --help", err, cmd.CommandPath())}
 	})
 	root.AddCommand(newDaemon(), newProtect(), newUnprotect(), newStatus(), newBookmark(), newPoints(),
-		newRestore(), newExport(), newMount(), newVerify(), newDoctor(), newDevice(), newCBT(), newSnapshot(), newMan(), newMountServe(), newDeviceHelper(), newSpliceGuard())
+		newRestore(), newExport(), newMount(), newVerify(), newDoctor(), newDevice(), newCBT(), newSnapshot(), newMan(), newMountServe(), newDeviceHelper())
 	for _, c := range allCommands(root) {
 		c.Args, c.PreRunE, c.DisableFlagsInUseLine = checkArguments, checkRequired, true
 		if want := positionals(c.Use); len(want) > 0 && strings.Trim(want[0], "[]") == "GROUP" {

@@ -43,7 +43,7 @@ func (s *service) ResizeDevice(ctx context.Context, name string, r api.ResizeReq
 }
 
 func (s *service) Splice(ctx context.Context, r api.SpliceRequest) (api.Device, error) {
-	i, err := s.devices.Splice(ctx, r.Device, r.Name, r.Front, time.Duration(r.GiveBackMillis)*time.Millisecond)
+	i, err := s.devices.Splice(ctx, r.Device, r.Name, r.Front)
 	if err != nil {
 		return api.Device{}, coded(err)
 	}

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"tidemark/internal/vfs"
 )
@@ -23,8 +22,6 @@ type record struct {
 	Spec   Spec            `json:"spec"`
 	Made   bool            `json:"made"`
 	Memory json.RawMessage `json:"memory,omitempty"` // the front's own
-	// GivenBack is when the guard of a splice gave the volume its own table back.
-	GivenBack time.Time `json:"given_back,omitzero"`
 }
 
 // recordFile is its form on disk.

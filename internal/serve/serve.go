@@ -44,8 +44,6 @@ type Env struct {
 	StateDir string
 	// Nodes is the folder of the names that users see; "" is /dev/tidemark.
 	Nodes string
-	// Guard is the command line of a process that calls GuardMain; empty: splices have no guard.
-	Guard []string
 	// Helper is the command line of a process that calls the loop front's HelperMain.
 	Helper []string
 	Log    *slog.Logger
@@ -88,7 +86,6 @@ type Device struct {
 	part  snapshot.Device // its filters, as snapshots need them
 
 	changes *cbt.Map
-	guard   *guard // of a splice
 	served  served // nil where it could not be brought back
 }
 
@@ -121,9 +118,7 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 			}
 		} else if err == nil {
 			d.spec = r.Spec
-			if !r.GivenBack.IsZero() {
-				givenBack(d, r.GivenBack)
-			} else if err = s.lay(d); err == nil {
+			if err = s.lay(d); err == nil {
 				records[name] = r
 			}
 		}
@@ -275,7 +270,7 @@ func (s *Server) take(ctx context.Context, d *Device) error {
 		return err
 	}
 	d.set(func() { d.served, d.stack = nil, nil })
-	return errors.Join(d.guard.dismiss(), s.unlink(d), s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
+	return errors.Join(s.unlink(d), s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
 }
 
 // Remove ends a device. The backing stays as it is. ErrInUse: it is open.

@@ -7,7 +7,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"time"
 
 	"tidemark/internal/health"
 	"tidemark/internal/splice"
@@ -26,8 +25,6 @@ type Spec struct {
 	ID string `json:"id"`
 	// Splice says under which mapped device it lies; nil: it stands for itself.
 	Splice *splice.Splice `json:"splice,omitempty"`
-	// GiveBack is how long a splice waits for a daemon before its guard takes it out; 0: for ever.
-	GiveBack time.Duration `json:"give_back,omitempty"`
 }
 
 // token is ID as a number.

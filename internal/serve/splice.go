@@ -22,19 +22,18 @@ import (
 var ErrRefused = splice.ErrRefused
 
 // Splice puts a served device under a mapped device that is in use. name is
-// what the served device is called; "" takes the mapped device's own. Without a
-// daemon for longer than giveBack the device is taken out again; 0: never.
-func (s *Server) Splice(ctx context.Context, path, name, front string, giveBack time.Duration) (Info, error) {
+// what the served device is called; "" takes the mapped device's own.
+func (s *Server) Splice(ctx context.Context, path, name, front string) (Info, error) {
 	s.changes.Lock()
 	defer s.changes.Unlock()
-	d, err := s.spliceIn(ctx, path, name, front, giveBack)
+	d, err := s.spliceIn(ctx, path, name, front)
 	if err != nil {
 		return Info{}, err
 	}
 	return s.info(d), nil
 }
 
-func (s *Server) spliceIn(ctx context.Context, path, name, front string, giveBack time.Duration) (*Device, error) {
+func (s *Server) spliceIn(ctx context.Context, path, name, front string) (*Device, error) {
 	id, err := s.spliceable(path)
 	if err != nil {
 		return nil, err
@@ -54,7 +53,7 @@ func (s *Server) spliceIn(ctx context.Context, path, name, front string, giveBac
 	if name == "" {
 		name = sp.Name
 	}
-	spec := Spec{Name: name, Backing: lower, Front: front, Splice: sp, GiveBack: giveBack}
+	spec := Spec{Name: name, Backing: lower, Front: front, Splice: sp}
 	d, err := s.makeSpliced(ctx, c, spec)
 	if err != nil {
 		return nil, errors.Join(err, sp.Remove(c))
@@ -146,10 +145,6 @@ func (s *Server) lead(c *dm.Control, d *Device) error {
 	if err != nil {
 		return err
 	}
-	d.set(func() { d.spec.Splice.Upper = fmt.Sprintf("%d:%d", major, minor) }) // which the guard has to know
-	if err := s.startGuard(d); err != nil {
-		return err
-	}
 	return d.spec.Splice.In(c, major, minor)
 }
 
@@ -178,15 +173,7 @@ func (s *Server) leadBack(ctx context.Context, d *Device) error {
 	} else if err != nil {
 		return err
 	}
-	return s.startGuard(d)
-}
-
-// givenBack says that the guard took the device out of its volume.
-func givenBack(d *Device, at time.Time) {
-	d.health.Raise(health.Condition{Code: "splice-given-back", Severity: health.Error, Subject: d.spec.Name, Since: at,
-		Detail: fmt.Sprintf("There was no daemon for %v, so the volume %s was given its own table back: nothing of it is tracked since then.", d.spec.GiveBack, d.spec.Splice.Name),
-		Remedy: fmt.Sprintf("tidemark device rm %s; tidemark device splice /dev/mapper/%s; then take a full copy.", d.spec.Name, d.spec.Splice.Name)})
-	d.set(func() { d.spec.Splice = nil })
+	return nil
 }
 
 // replaced begins anew where somebody else has given the volume another table:
@@ -197,7 +184,7 @@ func (s *Server) replaced(ctx context.Context, c *dm.Control, d *Device) error {
 	if err := errors.Join(s.take(ctx, d), sp.Remove(c), s.forgotten(name)); err != nil {
 		return err
 	}
-	fresh, err := s.spliceIn(ctx, fmt.Sprintf("/dev/dm-%d", sp.Minor), name, front, d.spec.GiveBack)
+	fresh, err := s.spliceIn(ctx, fmt.Sprintf("/dev/dm-%d", sp.Minor), name, front)
 	if err != nil {
 		d.set(func() { d.spec.Splice = nil })
 		d.health.Raise(health.Condition{Code: "splice-lost", Severity: health.Error, Subject: name,

@@ -87,7 +87,7 @@ var layer = map[string][]string{
 	"internal/control/blksnap":  {"internal/block", "internal/abi/blksnap", "internal/control/cuse", "internal/health"},
 	"internal/control/involflt": {"internal/block", "internal/stream", "internal/abi/involflt", "internal/control/cuse", "internal/health"},
 	"internal/daemon":           {"internal/..."},
-	"cmd/tidemark": {"internal/block", "internal/serve", "internal/control/api", "internal/daemon", "internal/disk", "internal/segment", "internal/tap", "internal/mount", "internal/overlay", "internal/doctor", "internal/freeze", "internal/front/...",
+	"cmd/tidemark": {"internal/block", "internal/control/api", "internal/daemon", "internal/disk", "internal/segment", "internal/tap", "internal/mount", "internal/overlay", "internal/doctor", "internal/freeze", "internal/front/...",
 		"internal/health", "internal/restore", "internal/stream", "internal/timeline", "internal/vault"},
 
 	// Tests. What they need from the rest they take as interfaces, so that any package's own tests can use them.

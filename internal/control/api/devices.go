@@ -48,8 +48,6 @@ type SpliceRequest struct {
 	Device string `json:"device"`          // absolute path of a device-mapper device
 	Name   string `json:"name,omitempty"`  // of the served device; "": the volume's own
 	Front  string `json:"front,omitempty"` // ublk, nbd or auto
-	// GiveBackMillis is how long requests wait for a daemon before the volume gets its own table back; 0: for ever.
-	GiveBackMillis int64 `json:"give_back_ms,omitempty"`
 }
 
 // Devices is the part of the Service that is about served devices.
