@@ -50,7 +50,7 @@ func checkArguments(cmd *cobra.Command, args []string) error {
 func checkRequired(cmd *cobra.Command, _ []string) (err error) {
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
 		required := slices.Equal(f.Annotations[cobra.BashCompOneRequiredFlag], []string{"true"})
-		if err != nil || !required || f.Value.String() != "" {
+		if err != nil || !required || f.Changed && f.Value.String() != "" {
 			return
 		}
 		what := "missing"

@@ -70,6 +70,7 @@ func discardTaps(t *testing.T, instance string) {
 func scriptCommands(t *testing.T) map[string]func(*testscript.TestScript, bool, []string) {
 	return map[string]func(*testscript.TestScript, bool, []string){
 		"exits":  exits,
+		"save":   save,
 		"await":  await,
 		"mode":   mode,
 		"expand": expand,
@@ -104,6 +105,11 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if got != want || neg {
 		ts.Fatalf("%q ended with %d, want %d", args[1:], got, want)
 	}
+}
+
+// save stdout VARIABLE: what the last command printed, without the end of the line.
+func save(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Setenv(args[1], strings.TrimSpace(ts.ReadFile(args[0])))
 }
 
 // await COMMAND...: the command succeeds in the end; the bound is for machines that are busy.
