@@ -23,7 +23,7 @@ func TestKillStorm(t *testing.T) {
 		extra := testkit.NewDisk(t, orderDisk)
 		ring := fmt.Sprintf("%dK", 64<<rng.IntN(5))
 		o := newOrder(t, rng, 32<<10, "--ring-size", ring, "--seal-every", "20ms", "--segment-size", "128K", extra.Path)
-		o.names = o.names[1:]
+		o.names, o.others = o.names[1:], 1
 		o.noise = append(o.noise, noise{open(t, extra.Path, unix.O_DIRECT), 0, orderDisk / 2}, noise{open(t, extra.Path, 0), orderDisk / 2, orderDisk})
 		for round := range 1 {
 			o.write(func() {

@@ -199,8 +199,8 @@ func (m *Image) changeChunk(c int64, part block.Range, fill func(to []byte, at i
 	}
 	s.mu.RUnlock()
 	if err != nil {
-		b.Drop()
 		m.cfg.Storage.Release(b.Slot())
+		b.Drop() // last: somebody else has it from here on
 		m.Spoil(err)
 		return err
 	}

@@ -169,8 +169,8 @@ func (m *Image) copy(c int64, read func(p []byte, off int64) error) error {
 	}
 	r := m.extent(c)
 	if err := read(b.Bytes()[:r.Len], r.Off); err != nil {
-		b.Drop()
 		m.cfg.Storage.Release(b.Slot())
+		b.Drop() // last: somebody else has it from here on
 		return fmt.Errorf("reading the old content of chunk %d: %w", c, err)
 	}
 	return m.put(c, b, nil)
