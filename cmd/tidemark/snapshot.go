@@ -102,6 +102,14 @@ func parseStorage(text string) (s api.StorageSpec, err error) {
 	return s, err
 }
 
+// quietly ends a verb that prints nothing but, where it is asked to, JSON.
+func quietly(cmd *cobra.Command, s api.Snapshot, err error, asJSON bool) error {
+	if err != nil || !asJSON {
+		return err
+	}
+	return json.NewEncoder(cmd.OutOrStdout()).Encode(s)
+}
+
 func newSnapshotTake() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
@@ -112,10 +120,7 @@ held, change maps switched, and all let go again.`,
 		Example: "  tidemark snapshot take 5f3a",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := dial(socketFlagOf(cmd)).TakeSnapshot(cmd.Context(), args[0])
-			if err == nil && asJSON {
-				err = json.NewEncoder(cmd.OutOrStdout()).Encode(s)
-			}
-			return err
+			return quietly(cmd, s, err, asJSON)
 		},
 		ValidArgsFunction: completeSnapshots,
 	}
@@ -221,10 +226,7 @@ func newSnapshotAppend() *cobra.Command {
 				return usageError{err}
 			}
 			s, err := dial(socketFlagOf(cmd)).AppendStorage(cmd.Context(), args[0], spec)
-			if err == nil && asJSON {
-				err = json.NewEncoder(cmd.OutOrStdout()).Encode(s)
-			}
-			return err
+			return quietly(cmd, s, err, asJSON)
 		},
 		ValidArgsFunction: completeSnapshots,
 	}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
+	"slices"
 	"strings"
 
 	"tidemark/internal/block"
@@ -16,9 +18,9 @@ import (
 // ChangeMaps lists the maps of served devices, then those of tapped disks.
 func (s *service) ChangeMaps(ctx context.Context) ([]api.ChangeMap, error) {
 	out := []api.ChangeMap{}
-	for _, i := range s.devices.List() {
-		if m, err := s.devices.Changes(i.Name); err == nil {
-			out = append(out, servedMap(i.Name, m))
+	for _, name := range slices.Sorted(maps.Keys(s.devices.Nodes())) {
+		if m, err := s.devices.Changes(name); err == nil {
+			out = append(out, servedMap(name, m))
 		}
 	}
 	for _, g := range s.list() {

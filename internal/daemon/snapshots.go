@@ -24,10 +24,7 @@ func (s *service) Snapshots(context.Context) ([]api.Snapshot, error) {
 func (s *service) snapshotOf(i snapshot.Info) api.Snapshot {
 	out := api.Snapshot{ID: i.ID, State: i.State, Taken: i.TakenAt, Durable: i.Durable, ChunkBytes: i.Chunk, Devices: []api.SnapshotDevice{},
 		Storage: api.SnapshotStorage{Capacity: i.Capacity, Used: i.Used, Limit: i.Capacity + i.Room}, Conditions: []health.Condition{}}
-	nodes := map[string]string{}
-	for _, d := range s.devices.List() {
-		nodes[d.Name] = d.Node
-	}
+	nodes := s.devices.Nodes()
 	for _, d := range i.Devices {
 		out.Devices = append(out.Devices, api.SnapshotDevice{Device: nodes[d.Name], Image: s.devices.ImageNode(d.Name, i.ID),
 			Generation: d.Generation, Number: d.Number, Spoiled: d.Spoiled})

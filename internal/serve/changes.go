@@ -38,7 +38,7 @@ func (s *Server) trackChanges(spec Spec, st *stack.Stack) (*cbt.Map, error) {
 
 // saveChanges keeps the map for the next process; nothing is written any more.
 func (s *Server) saveChanges(d *Device) error {
-	return d.changes.Save(vfs.OS{}, s.changesFile(d.spec.Name), d.spec.backingState())
+	return d.part.Changes.Save(vfs.OS{}, s.changesFile(d.spec.Name), d.spec.backingState())
 }
 
 func (s *Server) eraseChanges(name string) error {
@@ -69,7 +69,7 @@ func (s *Server) Changes(name string) (*cbt.Map, error) {
 	if now.served == nil {
 		return nil, fmt.Errorf("%s is offline: %w", name, ErrNotFound)
 	}
-	return now.changes, nil
+	return now.part.Changes, nil
 }
 
 // bitmaps shows NBD clients what changed after each snapshot of the map's

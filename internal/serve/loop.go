@@ -6,9 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
 
 	fuseloop "tidemark/internal/front/loop"
 	"tidemark/internal/loop"
@@ -100,11 +97,11 @@ func (s loopServed) remove(ctx context.Context) error {
 // end leaves a device that is open to its last user.
 func (s loopServed) end(ctx context.Context) error { return s.pause(ctx) }
 
+// diskSeq tells an attachment from a later one under the same number; 0: it is gone.
 func diskSeq(path string) uint64 {
-	b, err := os.ReadFile("/sys/class/block/" + filepath.Base(path) + "/diskseq")
+	i, err := loop.Status(path)
 	if err != nil {
 		return 0
 	}
-	n, _ := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64) // 0: kernels that have none
-	return n
+	return i.DiskSeq
 }

@@ -6,10 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/url"
 	"path/filepath"
-	"sync/atomic"
 
 	"tidemark/internal/front/nbd"
 )
@@ -22,10 +20,10 @@ type nbdServer struct {
 }
 
 type nbdServed struct {
-	where   string
-	clients *counted
-	cancel  context.CancelFunc
-	ended   chan struct{}
+	where  string
+	server *nbd.Server
+	cancel context.CancelFunc
+	ended  chan struct{}
 }
 
 func (f nbdServer) probe() error { return nil }
@@ -45,8 +43,7 @@ func (f nbdServer) serve(_ context.Context, spec Spec, dev shown, _ json.RawMess
 		return nil, errors.Join(err, l.Close())
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &nbdServed{where: l.URI, clients: &counted{Listener: l.Listener}, cancel: cancel, ended: make(chan struct{})}
-	l.Listener = s.clients
+	s := &nbdServed{where: l.URI, server: server, cancel: cancel, ended: make(chan struct{})}
 	go func() {
 		defer close(s.ended)
 		if err := server.Serve(ctx, l); err != nil {
@@ -61,7 +58,7 @@ func (f nbdServer) forget(context.Context, Spec, json.RawMessage) error { return
 func (s *nbdServed) kernel() string          { return "" }
 func (s *nbdServed) uri() string             { return s.where }
 func (s *nbdServed) memory() json.RawMessage { return nil }
-func (s *nbdServed) open() bool              { return s.clients.now.Load() > 0 }
+func (s *nbdServed) open() bool              { return s.server.Clients() > 0 }
 func (s *nbdServed) outlives() bool          { return false }
 
 // resized does nothing: NBD clients learn the size when they connect.
@@ -78,38 +75,10 @@ func (s *nbdServed) pause(ctx context.Context) error {
 }
 
 func (s *nbdServed) remove(ctx context.Context) error {
-	if n := s.clients.now.Load(); n > 0 {
+	if n := s.server.Clients(); n > 0 {
 		return fmt.Errorf("%s is %w by %d connections", s.where, ErrInUse, n)
 	}
 	return s.pause(ctx)
 }
 
 func (s *nbdServed) end(ctx context.Context) error { return s.pause(ctx) }
-
-// counted is a listener that knows how many of its connections are open.
-type counted struct {
-	net.Listener
-	now atomic.Int64
-}
-
-func (c *counted) Accept() (net.Conn, error) {
-	conn, err := c.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	c.now.Add(1)
-	return &countedConn{Conn: conn, of: c}, nil
-}
-
-type countedConn struct {
-	net.Conn
-	of     *counted
-	closed atomic.Bool
-}
-
-func (c *countedConn) Close() error {
-	if c.closed.CompareAndSwap(false, true) {
-		c.of.now.Add(-1)
-	}
-	return c.Conn.Close()
-}

@@ -19,7 +19,6 @@ import (
 	"sync"
 
 	"tidemark/internal/backing"
-	"tidemark/internal/cbt"
 	"tidemark/internal/filter/barrier"
 	"tidemark/internal/filter/cow"
 	"tidemark/internal/front/nbd"
@@ -83,10 +82,9 @@ type Device struct {
 	spec  Spec
 	lower *backing.Device
 	stack *stack.Stack
-	part  snapshot.Device // its filters, as snapshots need them
+	part  snapshot.Device // its filters and its change map, as snapshots need them
 
-	changes *cbt.Map
-	served  served // nil where it could not be brought back
+	served served // nil where it could not be brought back
 }
 
 // Open brings back the devices that the state folder remembers. One that cannot
@@ -237,7 +235,7 @@ func (s *Server) lay(d *Device) error {
 	if err != nil {
 		return errors.Join(err, s.system.Remove(d.spec.Name), lower.Close())
 	}
-	d.set(func() { d.lower, d.stack, d.changes, d.part = lower, st, part.Changes, part })
+	d.set(func() { d.lower, d.stack, d.part = lower, st, part })
 	return nil
 }
 
@@ -248,7 +246,7 @@ func (s *Server) show(ctx context.Context, d *Device, memory json.RawMessage) er
 			Detail: "The server's memory cannot be locked: " + err.Error() + ". Under memory pressure the device may stall.",
 			Remedy: "Let the daemon lock memory (LimitMEMLOCK=infinity, CAP_IPC_LOCK)."})
 	}
-	changes := d.changes
+	changes := d.part.Changes
 	served, err := s.front(d.spec.Front).serve(ctx, d.spec, shown{d.stack, d.lower.Limits(), func() []nbd.Bitmap { return bitmaps(changes) }}, memory)
 	if err != nil {
 		d.set(func() { d.stack = nil })
@@ -388,17 +386,17 @@ func (s *Server) Conditions() []health.Condition { return s.health.List() }
 
 // parts are a device at one moment; served is nil while it is offline.
 type parts struct {
-	spec    Spec
-	lower   *backing.Device
-	stack   *stack.Stack
-	changes *cbt.Map
-	served  served
+	spec   Spec
+	lower  *backing.Device
+	stack  *stack.Stack
+	part   snapshot.Device
+	served served
 }
 
 func (d *Device) now() parts {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return parts{d.spec, d.lower, d.stack, d.changes, d.served}
+	return parts{d.spec, d.lower, d.stack, d.part, d.served}
 }
 
 func (d *Device) set(change func()) {

@@ -74,12 +74,11 @@ func (s *Server) partsOf(name string) (snapshot.Device, error) {
 	if err != nil {
 		return snapshot.Device{}, err
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.stack == nil {
+	now := d.now()
+	if now.stack == nil {
 		return snapshot.Device{}, fmt.Errorf("%s is offline: %w", name, snapshot.ErrNoDevice)
 	}
-	return d.part, nil
+	return now.part, nil
 }
 
 func (s *Server) named(name string) (*Device, error) {
@@ -165,9 +164,7 @@ func (s *Server) below(dev uint64) (block.Device, error) {
 		}
 		switch where(s.kernelOf(now), dev) {
 		case itself:
-			d.mu.Lock()
-			defer d.mu.Unlock()
-			return d.part.Cow.Below(), nil
+			return now.part.Cow.Below(), nil
 		case above:
 			return nil, fmt.Errorf("it lies on a partition or volume of the served device %s, whose extents are not the device's: %w", now.spec.Name, ErrRefused)
 		}

@@ -114,6 +114,20 @@ func (s *Server) List() []Info {
 	return out
 }
 
+// Nodes gives what users open, by the names of the devices; "" of one that is
+// offline. It asks nobody who has them open, which List does.
+func (s *Server) Nodes() map[string]string {
+	out := map[string]string{}
+	for _, d := range s.list() {
+		now := d.now()
+		out[now.spec.Name] = ""
+		if now.served != nil {
+			out[now.spec.Name] = s.node(now)
+		}
+	}
+	return out
+}
+
 func (s *Server) info(d *Device) Info {
 	now := d.now()
 	i := Info{Spec: now.spec, Conditions: d.health.List()}

@@ -20,14 +20,11 @@ func openBy(kernel string) string {
 	nodes := map[uint64]string{}
 	parts, _ := filepath.Glob("/sys/class/block/" + name + "/" + name + "*") // a pattern without faults
 	for _, p := range append(parts, "/sys/class/block/"+name) {
-		text, err := os.ReadFile(p + "/dev")
-		if err != nil {
+		number, ok := numberIn(p)
+		if !ok {
 			continue
 		}
-		major, minor, _ := strings.Cut(strings.TrimSpace(string(text)), ":")
-		x, _ := strconv.ParseUint(major, 10, 32)
-		y, _ := strconv.ParseUint(minor, 10, 32)
-		nodes[unix.Mkdev(uint32(x), uint32(y))] = "/dev/" + filepath.Base(p)
+		nodes[number] = "/dev/" + filepath.Base(p)
 		if held, _ := os.ReadDir(p + "/holders"); len(held) > 0 {
 			return held[0].Name()
 		}
@@ -43,6 +40,18 @@ func openBy(kernel string) string {
 		}
 	}
 	return processWith(nodes)
+}
+
+// numberIn reads the device number from a block device's folder in sysfs.
+func numberIn(folder string) (number uint64, ok bool) {
+	text, err := os.ReadFile(folder + "/dev")
+	if err != nil {
+		return 0, false
+	}
+	major, minor, _ := strings.Cut(strings.TrimSpace(string(text)), ":")
+	x, err1 := strconv.ParseUint(major, 10, 32)
+	y, err2 := strconv.ParseUint(minor, 10, 32)
+	return unix.Mkdev(uint32(x), uint32(y)), err1 == nil && err2 == nil
 }
 
 func mountedAt(nodes map[uint64]string) string {
@@ -127,14 +136,7 @@ func mountsOn(kernel string) (out []string) {
 	}
 	for _, m := range mounts {
 		for _, name := range m.Devices {
-			text, err := os.ReadFile("/sys/class/block/" + name + "/dev")
-			if err != nil {
-				continue
-			}
-			major, minor, _ := strings.Cut(strings.TrimSpace(string(text)), ":")
-			x, _ := strconv.ParseUint(major, 10, 32)
-			y, _ := strconv.ParseUint(minor, 10, 32)
-			if where(kernel, unix.Mkdev(uint32(x), uint32(y))) != stranger {
+			if number, ok := numberIn("/sys/class/block/" + name); ok && where(kernel, number) != stranger {
 				out = append(out, m.Point)
 				break
 			}
