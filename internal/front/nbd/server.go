@@ -237,6 +237,7 @@ func transient(err error) bool {
 
 // Clients is how many connections there are, but for those of ServeConn.
 func (s *Server) Clients() int {
+	s.init()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.strangers()
