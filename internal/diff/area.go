@@ -52,19 +52,28 @@ func decodeHeader(b []byte) (h header, err error) {
 //
 //	chunk u64 | device u32 | length u32 | version u64 | CRC-32C of the content u32 | CRC-32C of id and these u32
 //
-// Of two entries with one key that with the higher version counts.
+// The highest bit of length says that the content is an image's own, changed
+// since the instant. Of two entries with one key that with the higher version counts.
 type entry struct {
 	key     Key
 	length  uint32
 	version uint64
 	sum     uint32
+	changed bool
 }
+
+// changedBit is that of an entry's length.
+const changedBit = 1 << 31
 
 func (e entry) put(id ID, b []byte) {
 	le := binary.LittleEndian
 	le.PutUint64(b, uint64(e.key.Chunk))
 	le.PutUint32(b[8:], e.key.Device)
-	le.PutUint32(b[12:], e.length)
+	length := e.length
+	if e.changed {
+		length |= changedBit
+	}
+	le.PutUint32(b[12:], length)
 	le.PutUint64(b[16:], e.version)
 	le.PutUint32(b[24:], e.sum)
 	le.PutUint32(b[28:], crc32.Update(crc32.Checksum(id[:], castagnoli), castagnoli, b[:28]))
@@ -76,7 +85,8 @@ func getEntry(id ID, b []byte) (e entry, ok bool) {
 	if le.Uint32(b[28:]) != crc32.Update(crc32.Checksum(id[:], castagnoli), castagnoli, b[:28]) {
 		return e, false
 	}
-	return entry{Key{le.Uint32(b[8:]), int64(le.Uint64(b))}, le.Uint32(b[12:]), le.Uint64(b[16:]), le.Uint32(b[24:])}, true
+	length := le.Uint32(b[12:])
+	return entry{Key{le.Uint32(b[8:]), int64(le.Uint64(b))}, length &^ changedBit, le.Uint64(b[16:]), le.Uint32(b[24:]), length&changedBit != 0}, true
 }
 
 // area is one space with its layout.

@@ -82,7 +82,7 @@ func (p *Pending) start() {
 	for range storeWorkers {
 		p.workers.Go(func() {
 			for j := range p.queue {
-				j.done(p.storage.Store(j.b.slot, j.b.e.key, j.b.e.version, j.b.Bytes()[:j.b.e.length]))
+				j.done(p.storage.store(j.b.slot, j.b.e, j.b.Bytes()[:j.b.e.length]))
 			}
 		})
 	}
@@ -132,16 +132,18 @@ func (b *Buffer) peek() entry {
 	return e
 }
 
-// Key, Slot, Version and Len are those of what was sealed.
+// Key, Slot, Version, Len and Changed are those of what was sealed.
 func (b *Buffer) Key() Key        { return b.e.key }
 func (b *Buffer) Slot() Slot      { return b.slot }
 func (b *Buffer) Version() uint64 { return b.e.version }
 func (b *Buffer) Len() int        { return int(b.e.length) }
+func (b *Buffer) Changed() bool   { return b.e.changed }
 
-// Seal says what the first n bytes are. From now on they outlive the process.
-func (b *Buffer) Seal(slot Slot, key Key, version uint64, n int) {
+// Seal says what the first n bytes are, and whether they are an image's own
+// (changed). From now on they outlive the process.
+func (b *Buffer) Seal(slot Slot, key Key, version uint64, n int, changed bool) {
 	le, h := binary.LittleEndian, b.head()
-	b.slot, b.e = slot, entry{key, uint32(n), version, crc32.Checksum(b.Bytes()[:n], castagnoli)}
+	b.slot, b.e = slot, entry{key, uint32(n), version, crc32.Checksum(b.Bytes()[:n], castagnoli), changed}
 	id := b.p.storage.cfg.ID
 	le.PutUint32(h, headMagic)
 	le.PutUint64(h[4:], uint64(slot))

@@ -6,6 +6,7 @@ import "fmt"
 type Found struct {
 	Slot    Slot
 	Version uint64
+	Changed bool // the content is the image's own
 }
 
 // Recover gives the storage that lies in spaces, in the order in which they were
@@ -68,7 +69,7 @@ func (s *Storage) readTable(a *area, found map[Key]Found, used []Slot) ([]Slot, 
 			used = append(used, slot)
 			s.version.Store(max(s.version.Load(), e.version))
 			if old, ok := found[e.key]; !ok || old.Version < e.version {
-				found[e.key] = Found{slot, e.version}
+				found[e.key] = Found{slot, e.version, e.changed}
 			}
 		}
 	}

@@ -167,11 +167,14 @@ func (s *Storage) Version() uint64 { return s.version.Add(1) }
 // p is at most a chunk, of whole sectors. Where the storage is durable both are
 // stable when it returns.
 func (s *Storage) Store(slot Slot, key Key, version uint64, p []byte) error {
+	return s.store(slot, entry{key: key, length: uint32(len(p)), version: version, sum: crc32.Checksum(p, castagnoli)}, p)
+}
+
+func (s *Storage) store(slot Slot, e entry, p []byte) error {
 	a, at, err := s.area(slot)
 	if err != nil {
 		return err
 	}
-	e := entry{key, uint32(len(p)), version, crc32.Checksum(p, castagnoli)}
 	if err := a.write(p, a.at(at)); err != nil {
 		return err
 	}

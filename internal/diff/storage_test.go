@@ -502,7 +502,7 @@ func TestPendingOutlivesTheProcess(t *testing.T) {
 		for k := range b.Bytes() {
 			b.Bytes()[k] = byte(i)
 		}
-		b.Seal(slot, Key{0, i}, s.Version(), 4096)
+		b.Seal(slot, Key{0, i}, s.Version(), 4096, i%2 == 1)
 		return b
 	}
 	stored := make(chan error, 2)
@@ -558,7 +558,7 @@ func FuzzTable(f *testing.F) {
 	h := header{ID{1}, 4096, 3, true}.encode()
 	f.Add(h)
 	b := make([]byte, entrySize)
-	entry{Key{1, 2}, 3, 4, 5}.put(ID{1}, b)
+	entry{Key{1, 2}, 3, 4, 5, true}.put(ID{1}, b)
 	f.Add(b)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if h, err := decodeHeader(b); err == nil && !bytes.Equal(h.encode()[:36], b[:36]) {

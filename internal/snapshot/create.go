@@ -15,7 +15,15 @@ import (
 // Create makes a snapshot that is not taken yet. Where it fails nothing stays.
 func (t *Set) Create(r Request) (ID, error) {
 	s := &Snapshot{set: t, id: newID()}
-	if err := s.admit(r); err != nil {
+	var places []Place
+	for _, p := range r.Storage {
+		place, err := t.cfg.Locate(p.Path)
+		if err != nil {
+			return ID{}, err
+		}
+		places = append(places, place)
+	}
+	if err := s.admit(r, places); err != nil {
 		return ID{}, err
 	}
 	var err error
@@ -23,17 +31,23 @@ func (t *Set) Create(r Request) (ID, error) {
 		return ID{}, err
 	}
 	err = s.change(func(*manifest) {})
-	for _, place := range r.Storage {
+	for i, p := range r.Storage {
 		if err == nil {
-			err = s.append(place)
+			err = s.append(p, places[i])
 		}
 	}
 	if err != nil {
 		return ID{}, errors.Join(err, s.discard())
 	}
 	t.mu.Lock()
-	t.m[s.id] = s
+	stopped := t.stopped
+	if !stopped {
+		t.m[s.id] = s
+	}
 	t.mu.Unlock()
+	if stopped {
+		return ID{}, errors.Join(ErrStopped, s.discard())
+	}
 	return s.id, nil
 }
 
@@ -42,13 +56,19 @@ func (s *Snapshot) diffConfig() diff.Config {
 }
 
 // admit checks a request and fills in what it leaves open.
-func (s *Snapshot) admit(r Request) error {
+func (s *Snapshot) admit(r Request, places []Place) error {
 	if len(r.Devices) == 0 {
 		return fmt.Errorf("a snapshot of no device: %w", ErrNoDevice)
 	}
 	var limits int64
-	for _, p := range r.Storage {
-		limits += cmp.Or(p.Limit, limitDefault)
+	for i, p := range r.Storage {
+		if places[i].File {
+			limits += cmp.Or(p.Limit, limitDefault)
+			continue
+		}
+		for _, part := range p.of(places[i]) {
+			limits += part.Len
+		}
 	}
 	chunk := cmp.Or(r.Chunk, chunkDefault)
 	low := cmp.Or(r.Low, max(min(limits/4, lowMax), 8*chunk))
@@ -79,18 +99,26 @@ func (t *Set) Append(id ID, place Storage) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.lost != nil {
-		return s.lost
+	if err := cmp.Or(s.ended, s.lost); err != nil {
+		return err
 	}
-	return s.append(place)
-}
-
-// append adds a place. s.mu is held, or nobody knows s.
-func (s *Snapshot) append(p Storage) error {
-	place, err := s.set.cfg.Locate(p.Path)
+	at, err := t.cfg.Locate(place.Path)
 	if err != nil {
 		return err
 	}
+	return s.append(place, at)
+}
+
+// of gives the ranges of a device that a request is about.
+func (p Storage) of(place Place) []block.Range {
+	if len(p.Ranges) > 0 {
+		return p.Ranges
+	}
+	return []block.Range{block.Range{Len: min(place.Device.Size(), cmp.Or(p.Limit, place.Device.Size()))}.Inward(diff.Align)}
+}
+
+// append adds a place. s.mu is held, or nobody knows s.
+func (s *Snapshot) append(p Storage, place Place) error {
 	if !place.File {
 		return s.appendDevice(p, place)
 	}
@@ -112,28 +140,76 @@ func (s *Snapshot) append(p Storage) error {
 		err = s.storage.Append(space)
 	}
 	if err != nil {
-		return fmt.Errorf("difference storage %s: %w", p.Path, err)
+		s.files = s.files[:len(s.files)-1]
+		return errors.Join(fmt.Errorf("difference storage %s: %w", p.Path, err), f.Remove(), s.dropSource())
 	}
 	s.storage.AddSource(r)
 	return nil
 }
 
 func (s *Snapshot) appendDevice(p Storage, place Place) error {
-	ranges := p.Ranges
-	if len(ranges) == 0 {
-		ranges = []block.Range{block.Range{Len: place.Device.Size()}.Inward(diff.Align)}
+	ranges := p.of(place)
+	if len(p.Ranges) == 0 && place.Served {
+		return fmt.Errorf("difference storage %s: it is a served device, and what it holds would be overwritten: name a file on it, or another disk: %w", p.Path, diff.ErrRefused)
 	}
 	space, err := diff.NewLinear(place.Device, ranges)
 	if err != nil {
 		return fmt.Errorf("difference storage %s: %w", p.Path, err)
 	}
+	if err := s.set.apart(s, place.Name, ranges); err != nil {
+		return fmt.Errorf("difference storage %s: %w", p.Path, err)
+	}
 	source := len(s.manifest().Sources)
 	if err := s.change(func(m *manifest) {
-		m.Sources = append(m.Sources, manifestSource{Path: p.Path, Size: space.Size(), Extents: ranges})
+		m.Sources = append(m.Sources, manifestSource{Path: p.Path, Disk: place.Name, Size: space.Size(), Extents: ranges})
 	}); err != nil {
 		return err
 	}
-	return s.storage.Append(part{space, manifestArea{source, 0, space.Size()}, nil})
+	if err := s.storage.Append(part{space, manifestArea{source, 0, space.Size()}, nil}); err != nil {
+		return errors.Join(fmt.Errorf("difference storage %s: %w", p.Path, err), s.dropSource())
+	}
+	return nil
+}
+
+// dropSource forgets the newest source, which no area names.
+func (s *Snapshot) dropSource() error {
+	return s.change(func(m *manifest) { m.Sources = m.Sources[:len(m.Sources)-1] })
+}
+
+// apart refuses ranges of a device that hold difference storage already.
+func (t *Set) apart(mine *Snapshot, name string, ranges []block.Range) error {
+	all := t.all()
+	if !slices.Contains(all, mine) {
+		all = append(all, mine)
+	}
+	for _, s := range all {
+		for _, src := range s.manifest().Sources {
+			if src.File || src.Disk != name || name == "" {
+				continue
+			}
+			for _, have := range src.Extents {
+				for _, r := range ranges {
+					if r.Overlaps(have) {
+						return fmt.Errorf("%s of it hold difference storage of snapshot %s: %w", have, FormatID(s.id), diff.ErrRefused)
+					}
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// Disks names the devices that hold difference storage, as Locate named them.
+func (t *Set) Disks() map[string]bool {
+	out := map[string]bool{}
+	for _, s := range t.all() {
+		for _, src := range s.manifest().Sources {
+			if !src.File {
+				out[src.Disk] = true
+			}
+		}
+	}
+	return out
 }
 
 // discard gives back everything that a snapshot has on disk. Nothing uses it any more.

@@ -33,6 +33,7 @@ type manifest struct {
 	Buffers int              `json:"buffers"`
 	Memory  bool             `json:"memory"` // chunks on their way are in memory that outlives the process
 	TakenAt time.Time        `json:"taken_at,omitzero"`
+	Frozen  bool             `json:"frozen,omitempty"` // file systems were, at the instant
 	Devices []manifestDevice `json:"devices"`
 	Sources []manifestSource `json:"sources"`
 	Areas   []manifestArea   `json:"areas"`
@@ -49,6 +50,7 @@ type manifestDevice struct {
 type manifestSource struct {
 	Path    string        `json:"path"`
 	File    bool          `json:"file"`
+	Disk    string        `json:"disk,omitempty"` // the device's name, whatever path named it
 	Limit   int64         `json:"limit,omitempty"`
 	Size    int64         `json:"size,omitempty"`
 	Extents []block.Range `json:"extents,omitempty"`

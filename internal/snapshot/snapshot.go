@@ -11,6 +11,7 @@
 package snapshot
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -35,6 +36,7 @@ var (
 	ErrTaken     = errors.New("the snapshot was taken already")
 	ErrNotTaken  = errors.New("the snapshot was not taken yet")
 	ErrNoStorage = errors.New("the snapshot has no difference storage")
+	ErrStopped   = errors.New("the daemon is stopping")
 )
 
 // Device is a served device as snapshots need it.
@@ -53,6 +55,11 @@ type Place struct {
 	// lies on no snapshotted device.
 	Device block.Device
 	File   bool
+	// Served says that Device is a served one that the path names itself: what it
+	// holds would be overwritten, so that only ranges of it are taken.
+	Served bool
+	// Name tells the device from others, whatever path named it.
+	Name string
 }
 
 // Config is what the assembly supplies.
@@ -66,8 +73,9 @@ type Config struct {
 	Device func(name string) (Device, error)
 	// Locate says what a path of difference storage is; nil: all are files, through their file systems.
 	Locate func(path string) (Place, error)
-	// Freeze freezes the file systems of devices, together; thaw ends it. Nil: none are.
-	Freeze func(ctx context.Context, devices []string) (thaw func() error, err error)
+	// Freeze freezes the file systems of devices, together, and says how many those
+	// are; thaw ends it. Nil: none are.
+	Freeze func(ctx context.Context, devices []string) (thaw func() error, frozen int, err error)
 }
 
 // ID is a snapshot's: 32 hexadecimal digits.
@@ -87,9 +95,10 @@ func ParseID(s string) (ID, error) {
 
 // Set is the snapshots of one daemon. All methods may be called concurrently.
 type Set struct {
-	cfg Config
-	mu  sync.Mutex
-	m   map[ID]*Snapshot
+	cfg     Config
+	mu      sync.Mutex
+	m       map[ID]*Snapshot
+	stopped bool
 }
 
 // Open gives the set of the snapshots that an earlier process left, which go on or
@@ -124,6 +133,7 @@ type Snapshot struct {
 	changes []*cbt.Changes
 	files   []*diff.File
 	lost    error // why none of its images can be read; nil: each says for itself
+	ended   error // why no verb does anything any more: it was destroyed, or the set was stopped
 
 	manMu sync.Mutex // of man, between verbs and growth
 }
@@ -140,7 +150,7 @@ type Request struct {
 // Storage is a place for difference storage.
 type Storage struct {
 	Path   string
-	Limit  int64         // bytes, of a file; 0: 1 GiB
+	Limit  int64         // bytes; 0: 1 GiB of a file, all of a device
 	Ranges []block.Range // of a device; none: all of it
 }
 
@@ -165,6 +175,8 @@ type Info struct {
 	Used     int64        `json:"used"`
 	Capacity int64        `json:"capacity"`
 	Room     int64        `json:"room"` // that it can grow by itself
+	// Filesystem says that there were mounted file systems, all frozen at the instant.
+	Filesystem bool `json:"filesystem"`
 }
 
 // DeviceInfo is one device of a snapshot.
@@ -179,6 +191,9 @@ type DeviceInfo struct {
 func (t *Set) find(id ID) (*Snapshot, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.stopped {
+		return nil, fmt.Errorf("snapshot %s: %w", FormatID(id), ErrStopped)
+	}
 	if s := t.m[id]; s != nil {
 		return s, nil
 	}
@@ -209,7 +224,7 @@ func (s *Snapshot) info() Info {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	man := s.manifest()
-	i := Info{ID: FormatID(s.id), State: man.State, Durable: man.Durable, Chunk: man.Chunk, TakenAt: man.TakenAt}
+	i := Info{ID: FormatID(s.id), State: man.State, Durable: man.Durable, Chunk: man.Chunk, TakenAt: man.TakenAt, Filesystem: man.Frozen}
 	if s.storage != nil {
 		st := s.storage.Stats()
 		i.Used, i.Capacity, i.Room = st.Used, st.Capacity, st.Room
@@ -235,6 +250,29 @@ type ImageOf struct {
 	Device  string
 	Image   *cow.Image
 	Changes *cbt.Changes // the device's change map at the instant; nil: it is not tracked, or from before a restart
+
+	Generation string // of the change map at the instant; "": it is not tracked
+	Number     uint8
+	tracked    *cbt.Map
+}
+
+// Since gives what changed on the device after an earlier snapshot of it, up to
+// this one or, where its own table was lost with a restart, to a later moment.
+// cbt.ErrFullCopy: that is not known.
+func (o ImageOf) Since(generation string, number uint8) (*cbt.Changes, error) {
+	g, err := cbt.ParseGeneration(generation)
+	switch {
+	case err != nil:
+		return nil, err
+	case o.Changes != nil:
+		return o.Changes.Since(g, number)
+	case o.tracked == nil || generation != o.Generation:
+		return nil, fmt.Errorf("changes since %s:%d, of a generation that has ended: %w", generation, number, cbt.ErrFullCopy)
+	}
+	if newest, ok := o.tracked.Newest(); ok && newest.Info().Generation == g && newest.Info().Number == o.Number {
+		return newest.Since(g, number)
+	}
+	return o.tracked.Live(g, number)
 }
 
 // Images gives the images of a taken snapshot, in the order of its devices.
@@ -245,15 +283,16 @@ func (t *Set) Images(id ID) ([]ImageOf, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.lost != nil {
-		return nil, s.lost
+	if err := cmp.Or(s.ended, s.lost); err != nil {
+		return nil, err
 	}
 	if len(s.images) == 0 {
 		return nil, fmt.Errorf("snapshot %s: %w", FormatID(id), ErrNotTaken)
 	}
 	var out []ImageOf
 	for i, m := range s.images {
-		o := ImageOf{Device: s.devices[i].Name, Image: m}
+		kept := s.manifest().Devices[i]
+		o := ImageOf{Device: s.devices[i].Name, Image: m, Generation: kept.Generation, Number: kept.Number, tracked: s.devices[i].Changes}
 		if i < len(s.changes) {
 			o.Changes = s.changes[i]
 		}

@@ -248,9 +248,9 @@ func TestEvents(t *testing.T) {
 func TestFreeze(t *testing.T) {
 	var calls []string
 	var refuse, unthawed error
-	freeze := func(_ context.Context, devices []string) (func() error, error) {
+	freeze := func(_ context.Context, devices []string) (func() error, int, error) {
 		calls = append(calls, "freeze "+devices[0])
-		return func() error { calls = append(calls, "thaw"); return unthawed }, refuse
+		return func() error { calls = append(calls, "thaw"); return unthawed }, 1, refuse
 	}
 	r := newRig(t, Config{Freeze: freeze}, sim.NewDisk(mib))
 	id, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: filepath.Join(t.TempDir(), "diff"), Limit: 4 * mib}}})

@@ -31,6 +31,8 @@ func (t *Set) Take(ctx context.Context, id ID) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
+	case s.ended != nil:
+		return s.ended
 	case s.lost != nil:
 		return s.lost
 	case len(s.images) > 0:
@@ -48,11 +50,12 @@ func (t *Set) Take(ctx context.Context, id ID) error {
 	if err := s.prepare(); err != nil {
 		return err
 	}
-	if err := s.instant(ctx); err != nil {
+	now, err := s.instant(ctx)
+	if err != nil {
 		return errors.Join(fmt.Errorf("snapshot %s: %w", FormatID(id), err), s.undo())
 	}
 	err = s.change(func(m *manifest) {
-		m.State, m.TakenAt, m.Boot, m.Clean = stateTaken, time.Now(), t.cfg.BootID, false
+		m.State, m.TakenAt, m.Boot, m.Clean, m.Frozen = stateTaken, now.at, t.cfg.BootID, false, now.frozen > 0
 		for i, c := range s.changes {
 			m.Devices[i].Size = s.images[i].Size()
 			if c != nil {
@@ -95,17 +98,24 @@ func (s *Snapshot) image(i int) cow.Config {
 	return cfg
 }
 
+// moment is when an instant was, and how many file systems were frozen then.
+type moment struct {
+	at     time.Time
+	frozen int
+}
+
 // instant freezes, holds, switches, releases and thaws.
-func (s *Snapshot) instant(ctx context.Context) (err error) {
+func (s *Snapshot) instant(ctx context.Context) (now moment, err error) {
 	if s.set.cfg.Freeze != nil {
 		var names []string
 		for _, d := range s.devices {
 			names = append(names, d.Name)
 		}
-		thaw, refused := s.set.cfg.Freeze(ctx, names)
+		thaw, n, refused := s.set.cfg.Freeze(ctx, names)
 		if refused != nil {
-			return fmt.Errorf("freezing file systems: %w", refused)
+			return now, fmt.Errorf("freezing file systems: %w", refused)
 		}
+		now.frozen = n
 		defer func() { err = errors.Join(err, thaw()) }()
 	}
 	var filters []*barrier.Filter
@@ -114,8 +124,9 @@ func (s *Snapshot) instant(ctx context.Context) (err error) {
 	}
 	up, err := barrier.Raise(ctx, s.set.cfg.HoldMax, filters...)
 	if err != nil {
-		return err
+		return now, err
 	}
+	now.at = time.Now()
 	s.changes = make([]*cbt.Changes, len(s.devices))
 	for i, d := range s.devices {
 		d.Cow.Begin(s.images[i])
@@ -123,7 +134,7 @@ func (s *Snapshot) instant(ctx context.Context) (err error) {
 			s.changes[i] = d.Changes.Take()
 		}
 	}
-	return up.Release()
+	return now, up.Release()
 }
 
 // undo ends the images of a take that failed.
@@ -141,13 +152,13 @@ func (s *Snapshot) undo() error {
 // bounded time, and otherwise ends behind the caller's back, before the storage
 // is given back.
 func (t *Set) Destroy(id ID) error {
+	s, err := t.find(id)
+	if err != nil {
+		return err
+	}
 	t.mu.Lock()
-	s := t.m[id]
 	delete(t.m, id)
 	t.mu.Unlock()
-	if s == nil {
-		return fmt.Errorf("snapshot %s: %w", FormatID(id), ErrNoSuch)
-	}
 	s.events.close()
 	done := make(chan error, 1)
 	go func() {
@@ -167,6 +178,10 @@ func (t *Set) Destroy(id ID) error {
 
 // destroy is Destroy, after nobody finds the snapshot any more.
 func (s *Snapshot) destroy() error {
+	if s.ended != nil { // somebody else was faster
+		return s.ended
+	}
+	s.ended = fmt.Errorf("snapshot %s: %w", FormatID(s.id), ErrNoSuch)
 	// From here on a restart gives back what is left.
 	err := s.change(func(m *manifest) { m.State = stateDestroyed })
 	for _, m := range s.images {
@@ -180,9 +195,14 @@ func (s *Snapshot) destroy() error {
 
 // Stop ends the work of all snapshots in order, so that the taken ones go on
 // after the next Open, be it after a reboot. No request may come any more.
+// Every verb is refused from then on.
 func (t *Set) Stop() error {
 	var errs []error
-	for _, s := range t.all() {
+	all := t.all()
+	t.mu.Lock()
+	t.stopped = true
+	t.mu.Unlock()
+	for _, s := range all {
 		errs = append(errs, s.stop())
 	}
 	return errors.Join(errs...)
@@ -192,6 +212,10 @@ func (s *Snapshot) stop() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.events.close()
+	if s.ended != nil {
+		return nil
+	}
+	s.ended = ErrStopped
 	if s.lost != nil {
 		return nil
 	}

@@ -21,6 +21,10 @@
 // writes below them are all there is to know. A FillSame fill stands for the
 // content of the same range at the point Base.
 //
+// A fill may be appended ahead of its position: no point shows it until a record
+// with its rank follows, which makes all of them part of the history at once.
+// That is how a snapshot's copy comes into a vault (internal/deposit).
+//
 // A gap at position g says that the content of its ranges is unknown from g
 // on. A later fill (in stream order) of a block ends its gap. When no block is
 // unknown any more a settled mark says from which position on the stream is

@@ -78,7 +78,9 @@ type History struct {
 	marks   []Point
 	stretch []stretch
 	unknown []block.Set
-	open    bool // the last stretch goes on
+	ahead   []block.Set     // of fills above the newest position
+	reach   stream.Position // the highest rank among those
+	open    bool            // the last stretch goes on
 	damage  *DamagedError
 	newest  stream.Position
 	time    int64           // of newest
@@ -213,7 +215,7 @@ func (h *History) chain(o *vault.Object) error {
 		return fmt.Errorf("segment %d has %d disks, the one before %d: %w", head.Sequence, len(head.Disks), len(h.header.Disks), segment.ErrDamaged)
 	}
 	if h.unknown == nil {
-		h.unknown = make([]block.Set, len(head.Disks))
+		h.unknown, h.ahead = make([]block.Set, len(head.Disks)), make([]block.Set, len(head.Disks))
 	}
 	h.header, h.last = head, sum
 	return nil
@@ -249,12 +251,21 @@ func (h *History) sound(o *vault.Object) error {
 // note follows gaps, fills and marks.
 func (h *History) note(e *segment.Entry) {
 	if e.Kind.TakesPosition() {
-		defer func() { h.newest, h.time = e.Position, e.Time }()
+		defer func() {
+			if h.newest, h.time = e.Position, e.Time; h.reach != 0 && h.newest >= h.reach {
+				clear(h.ahead)
+				h.reach = 0
+			}
+		}()
 	}
 	switch e.Kind {
 	case stream.KindFill:
 		h.unknown[e.Disk].Remove(e.Range)
 		h.valid = max(h.valid, e.ValidFrom)
+		if e.Position > h.newest {
+			h.ahead[e.Disk].Add(e.Range)
+			h.reach = max(h.reach, e.Position)
+		}
 	case stream.KindBookmark:
 		h.marks = append(h.marks, Point{Position: e.Position, Time: time.Unix(0, e.Time).UTC(), Bookmark: e.Name, Consistency: e.Consistency})
 	case stream.KindGap:
@@ -304,6 +315,10 @@ func (h *History) Stretches() []Stretch {
 
 // Unknown lists the blocks of a disk whose content the history does not know at its end.
 func (h *History) Unknown(disk int) []block.Range { return h.unknown[disk].Ranges() }
+
+// Ahead lists what a disk was filled with ahead of the newest position: no point
+// shows it yet, and every later one will.
+func (h *History) Ahead(disk int) []block.Range { return h.ahead[disk].Ranges() }
 
 // Damage says what is wrong with the history; nil if nothing is.
 func (h *History) Damage() *DamagedError { return h.damage }

@@ -200,7 +200,7 @@ func (c *checker) entry(o *vault.Object, e *segment.Entry) {
 		wrong("", "position %d comes after %d", e.Position, h.newest)
 	case e.Kind == stream.KindFill && e.Fill != stream.FillKnown && !h.open && len(h.stretch) > 0 && e.Position <= h.stretch[len(h.stretch)-1].Last:
 		wrong(o.Header().Disks[e.Disk].Name, "a fill of rank %d reaches into the stretch that ended at %d", e.Position, h.stretch[len(h.stretch)-1].Last)
-	case e.Kind == stream.KindFill && e.Fill != stream.FillKnown && h.open:
+	case e.Kind == stream.KindFill && e.Fill != stream.FillKnown && h.open && e.Position <= h.newest:
 		wrong(o.Header().Disks[e.Disk].Name, "a fill of rank %d where nothing is unknown", e.Position)
 	case e.Kind == stream.KindSettled && !h.open:
 		if e.Position < h.valid {

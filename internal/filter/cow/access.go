@@ -169,6 +169,9 @@ func (m *Image) changeChunk(c int64, part block.Range, fill func(to []byte, at i
 	s, r := m.shard(c), m.extent(c)
 	s.writes.Lock()
 	defer s.writes.Unlock()
+	m.changed.set(c) // before the content: a restart takes it from there
+	m.began.Add(1)
+	defer m.ended.Add(1)
 	patch := func(p []byte) { fill(p[part.Off-r.Off:part.End()-r.Off], part.Off) }
 	first, err := m.settle(c, func(p []byte, off int64) error {
 		if part != r {

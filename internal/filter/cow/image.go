@@ -40,6 +40,9 @@ type Image struct {
 	size    int64
 	chunk   int64
 	settled bits
+	changed bits          // chunks with private changes
+	began   atomic.Uint64 // private changes so far, also those that failed
+	ended   atomic.Uint64
 	shards  [shardCount]shard
 	work    work // what is under way in it
 
@@ -68,12 +71,18 @@ type place struct {
 // New makes an image of a device that has not begun.
 func New(f *Filter, cfg Config) *Image {
 	m := &Image{cfg: cfg, filter: f, size: f.below.Size(), chunk: cfg.Storage.Config().Chunk, noted: make(chan struct{})}
-	m.settled = newBits((m.size + m.chunk - 1) / m.chunk)
+	m.resize(m.size)
 	for i := range m.shards {
 		m.shards[i].at, m.shards[i].copies = map[int64]*place{}, map[int64]chan struct{}{}
 	}
 	m.work.idle.L = &m.work.mu
 	return m
+}
+
+// resize is called before anybody uses the image.
+func (m *Image) resize(size int64) {
+	m.size = size
+	m.settled, m.changed = newBits((size+m.chunk-1)/m.chunk), newBits((size+m.chunk-1)/m.chunk)
 }
 
 func (m *Image) shard(c int64) *shard { return &m.shards[c%shardCount] }
@@ -86,6 +95,25 @@ func (m *Image) extent(c int64) block.Range {
 
 // Size is the device's when the image was made, in bytes.
 func (m *Image) Size() int64 { return m.size }
+
+// Private lists the chunks whose content is the image's own, changed since its
+// moment, and gives a number that is another one as soon as there are more
+// changes; false while one is under way.
+func (m *Image) Private() (ranges []block.Range, number uint64, quiet bool) {
+	ended := m.ended.Load()
+	number = m.began.Load()
+	var set block.Set
+	for c := int64(0); c*m.chunk < m.size; c++ {
+		if c%64 == 0 && m.changed[c/64].Load() == 0 {
+			c += 63
+			continue
+		}
+		if m.changed.has(c) {
+			set.Add(m.extent(c))
+		}
+	}
+	return set.Ranges(), number, ended == number
+}
 
 // Err says why the image can no longer be read; nil: it can.
 func (m *Image) Err() error {
@@ -201,7 +229,7 @@ func (m *Image) fetch(slot diff.Slot) (*diff.Buffer, error) {
 // put waits for that.
 func (m *Image) put(c int64, b *diff.Buffer, old *place) error {
 	p := &place{slot: b.Slot(), version: m.cfg.Storage.Version(), buffer: b}
-	b.Seal(b.Slot(), diff.Key{Device: m.cfg.Device, Chunk: c}, p.version, int(m.extent(c).Len))
+	b.Seal(b.Slot(), diff.Key{Device: m.cfg.Device, Chunk: c}, p.version, int(m.extent(c).Len), m.changed.has(c))
 	s := m.shard(c)
 	s.mu.Lock()
 	s.at[c] = p

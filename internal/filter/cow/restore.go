@@ -8,12 +8,14 @@ import "tidemark/internal/diff"
 // before the device's first write.
 func Restore(f *Filter, cfg Config, size int64, found map[diff.Key]diff.Found, sealed []*diff.Buffer) *Image {
 	m := New(f, cfg)
-	m.size = size
-	m.settled = newBits((size + m.chunk - 1) / m.chunk)
+	m.resize(size)
 	for key, at := range found {
 		if key.Device == cfg.Device {
 			m.shard(key.Chunk).at[key.Chunk] = &place{slot: at.Slot, version: at.Version}
 			m.settled.set(key.Chunk)
+			if at.Changed {
+				m.changed.set(key.Chunk)
+			}
 		}
 	}
 	newest := map[int64]*diff.Buffer{}
@@ -43,6 +45,9 @@ func (m *Image) adopt(c int64, b *diff.Buffer) {
 	p := &place{slot: b.Slot(), version: b.Version(), buffer: b}
 	s.at[c] = p
 	s.mu.Unlock()
+	if b.Changed() {
+		m.changed.set(c)
+	}
 	m.settled.set(c)
 	m.work.more()
 	b.Store(func(err error) {

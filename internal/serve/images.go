@@ -1,0 +1,180 @@
+package serve
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"strings"
+
+	"tidemark/internal/filter/cow"
+	"tidemark/internal/front/nbd"
+	"tidemark/internal/health"
+	"tidemark/internal/snapshot"
+)
+
+// image is an image of a snapshot that is shown.
+type image struct {
+	spec   Spec
+	device string
+	served served
+}
+
+// imageDevice is an image with every ability that fronts use.
+type imageDevice struct{ *cow.Image }
+
+// WriteFUA writes, and makes the image as stable as its storage is.
+func (i imageDevice) WriteFUA(p []byte, off int64) (int, error) {
+	n, err := i.WriteAt(p, off)
+	if err == nil {
+		err = i.Flush()
+	}
+	return n, err
+}
+
+// showImages shows every image of a snapshot by the front of its device.
+func (s *Server) showImages(ctx context.Context, id snapshot.ID) error {
+	images, err := s.set.Images(id)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, i := range images {
+		if err := s.showImage(ctx, id, i); err != nil {
+			errs = append(errs, fmt.Errorf("the image of %s: %w", i.Device, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Server) showImage(ctx context.Context, id snapshot.ID, i snapshot.ImageOf) error {
+	d, err := s.find(i.Device)
+	if err != nil {
+		return err
+	}
+	now := d.now()
+	name := imageName(i.Device, id)
+	key := sha256.Sum256([]byte(now.spec.ID + " " + name))
+	spec := Spec{Name: name, Backing: now.spec.Backing, Front: now.spec.Front, ID: hex.EncodeToString(key[:8])}
+	var memory json.RawMessage
+	if r, err := s.load(name); err == nil {
+		memory = r.Memory
+	}
+	show := shown{imageDevice{i.Image}, now.lower.Limits(), nil}
+	if c := i.Changes; c != nil {
+		show.bitmaps = func() (out []nbd.Bitmap) {
+			for n := 1; n < int(c.Info().Number); n++ {
+				if since, err := c.Since(c.Info().Generation, uint8(n)); err == nil {
+					out = append(out, nbd.Bitmap{Name: fmt.Sprintf("since-%d", n), Map: runsOf(since)})
+				}
+			}
+			return out
+		}
+	}
+	served, err := s.front(spec.Front).serve(ctx, spec, show, memory)
+	if err != nil {
+		return err
+	}
+	m := &image{spec, i.Device, served}
+	if err := errors.Join(s.save(record{Spec: spec, Made: true, Memory: served.memory()}), s.linkTo(name, served)); err != nil {
+		return errors.Join(err, served.end(ctx))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.images[name] = m
+	return nil
+}
+
+func imageName(device string, id snapshot.ID) string {
+	return device + "@" + snapshot.FormatID(id)
+}
+
+// ImageNode is where users find a device's image, "" where it is not shown.
+func (s *Server) ImageNode(device string, id string) string {
+	s.mu.Lock()
+	m := s.images[device+"@"+id]
+	s.mu.Unlock()
+	if m == nil {
+		return ""
+	}
+	if m.served.kernel() == "" {
+		return m.served.uri()
+	}
+	return filepath.Join(s.env.Nodes, m.spec.Name)
+}
+
+// bringBackImages shows the images of snapshots that go on, and takes away what
+// is left of others.
+func (s *Server) bringBackImages(ctx context.Context) {
+	wanted := map[string]bool{}
+	for _, i := range s.set.List() {
+		id, err := snapshot.ParseID(i.ID)
+		if err != nil {
+			continue
+		}
+		s.followEvents(id)
+		for _, d := range i.Devices {
+			wanted[imageName(d.Name, id)] = i.State != "created"
+		}
+		if i.State == "created" {
+			continue
+		}
+		if err := s.showImages(ctx, id); err != nil {
+			s.health.Raise(health.Condition{Code: "image-offline", Severity: health.Error, Subject: i.ID, Detail: err.Error(),
+				Remedy: "Start the daemon again when what it names is mended, or: tidemark snapshot destroy " + i.ID + "."})
+		}
+	}
+	left, _ := filepath.Glob(filepath.Join(s.folder, "*@*"+recordSuffix)) // a pattern without faults
+	for _, path := range left {
+		name := strings.TrimSuffix(filepath.Base(path), recordSuffix)
+		if r, err := s.load(name); err == nil && !wanted[name] {
+			if err := errors.Join(s.front(r.Spec.Front).forget(ctx, r.Spec, r.Memory), s.erase(name)); err != nil {
+				s.env.Log.Warn("what is left of an image", "image", name, "error", err)
+			}
+		}
+	}
+}
+
+func (s *Server) endImage(ctx context.Context, name string) error {
+	s.mu.Lock()
+	m := s.images[name]
+	delete(s.images, name)
+	s.mu.Unlock()
+	if m == nil {
+		return nil
+	}
+	return errors.Join(s.unlinkName(name), m.served.end(ctx), s.erase(name))
+}
+
+// pauseImages lets go of the images, before their devices.
+func (s *Server) pauseImages(ctx context.Context) error {
+	s.mu.Lock()
+	images := s.images
+	s.images = map[string]*image{}
+	s.mu.Unlock()
+	var errs []error
+	for name, m := range images {
+		errs = append(errs, m.served.pause(ctx))
+		if !m.served.outlives() {
+			errs = append(errs, s.unlinkName(name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// imagesInUse lists the images that somebody has open.
+func (s *Server) imagesInUse() (out []string) {
+	s.mu.Lock()
+	images := maps.Clone(s.images)
+	s.mu.Unlock()
+	for name, m := range images {
+		if m.served.open() {
+			out = append(out, name)
+		}
+	}
+	return out
+}

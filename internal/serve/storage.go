@@ -1,0 +1,118 @@
+package serve
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"tidemark/internal/backing"
+	"tidemark/internal/block"
+	"tidemark/internal/snapshot"
+)
+
+// locate says what a path of difference storage is.
+func (s *Server) locate(path string) (snapshot.Place, error) {
+	var st unix.Stat_t
+	err := unix.Stat(path, &st)
+	if errors.Is(err, unix.ENOENT) {
+		err = unix.Stat(filepath.Dir(path), &st)
+	}
+	if err != nil {
+		return snapshot.Place{}, fmt.Errorf("%s: %w", path, err)
+	}
+	dev, file := st.Dev, true
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		dev, file = st.Rdev, false
+	}
+	if name := s.imageWith(dev); name != "" {
+		return snapshot.Place{}, fmt.Errorf("difference storage %s: it lies on %s, which is a snapshot's image and needs difference storage itself: %w", path, name, ErrRefused)
+	}
+	below, err := s.below(dev)
+	if err != nil {
+		return snapshot.Place{}, fmt.Errorf("difference storage %s: %w", path, err)
+	}
+	if below != nil && file { // it is open, and nobody writes it through its file system
+		if dir, err := filepath.EvalSymlinks(filepath.Dir(path)); err == nil {
+			s.mu.Lock()
+			s.byExtent[filepath.Join(dir, filepath.Base(path))] = true
+			s.mu.Unlock()
+		}
+	}
+	if below != nil || file {
+		return snapshot.Place{Device: below, File: file, Served: !file}, nil
+	}
+	return s.storageDisk(path)
+}
+
+// imageWith is the image that a device number belongs to, or lies on, "" for none.
+func (s *Server) imageWith(dev uint64) string {
+	s.mu.Lock()
+	images := maps.Clone(s.images)
+	s.mu.Unlock()
+	for name, m := range images {
+		if kernel := m.served.kernel(); kernel != "" && where(kernel, dev) != stranger {
+			return name
+		}
+	}
+	return ""
+}
+
+// below is the device with a number as seen from below the snapshots' filters,
+// nil where it is not one of ours.
+func (s *Server) below(dev uint64) (block.Device, error) {
+	for _, d := range s.list() {
+		now := d.now()
+		if now.served == nil || now.served.kernel() == "" {
+			continue
+		}
+		switch where(s.kernelOf(now), dev) {
+		case itself:
+			return now.part.Cow.Below(), nil
+		case above:
+			return nil, fmt.Errorf("it lies on a partition or volume of the served device %s, whose extents are not the device's: %w", now.spec.Name, ErrRefused)
+		}
+	}
+	return nil, nil
+}
+
+// storageDisk opens a disk that is not ours, for difference storage.
+func (s *Server) storageDisk(path string) (snapshot.Place, error) {
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return snapshot.Place{}, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if d := s.disks[path]; d != nil {
+		return snapshot.Place{Device: d, Name: path}, nil
+	}
+	if s.env.Taken != nil {
+		if who := s.env.Taken(path); who != "" {
+			return snapshot.Place{}, fmt.Errorf("%s is %w: %s", path, ErrInUse, who)
+		}
+	}
+	d, err := backing.Open(path, backing.Options{})
+	if err != nil {
+		return snapshot.Place{}, err
+	}
+	s.disks[path] = d
+	return snapshot.Place{Device: d, Name: path}, nil
+}
+
+// closeDisks lets go of those that no snapshot needs any more.
+func (s *Server) closeDisks() error {
+	needed := s.set.Disks()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for path, d := range s.disks {
+		if !needed[path] {
+			errs = append(errs, d.Flush(), d.Close())
+			delete(s.disks, path)
+		}
+	}
+	return errors.Join(errs...)
+}
