@@ -28,7 +28,7 @@ Storage that is full spoils the snapshot, never a write to its devices.`,
   tidemark snapshot destroy $id`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newSnapshotCreate(), newSnapshotTake(), newSnapshotList(), newSnapshotImages(), newSnapshotAppend(), newSnapshotEvents(), newSnapshotDestroy())
+	cmd.AddCommand(newSnapshotCreate(), newSnapshotTake(), newSnapshotList(), newSnapshotImages(), newSnapshotAppend(), newSnapshotEvents(), newSnapshotCopy(), newSnapshotDestroy())
 	return cmd
 }
 

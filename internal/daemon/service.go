@@ -14,6 +14,7 @@ import (
 	"tidemark/internal/backing"
 	"tidemark/internal/cbt"
 	"tidemark/internal/control/api"
+	"tidemark/internal/deposit"
 	"tidemark/internal/diff"
 	"tidemark/internal/disk"
 	"tidemark/internal/dm"
@@ -39,6 +40,7 @@ type service struct {
 	making sync.Mutex // one group is made at a time; a vault that hangs must not keep status waiting
 	mu     sync.Mutex // held for a moment
 	groups map[string]*protect.Group
+	copies copies
 }
 
 var _ api.Service = (*service)(nil)
@@ -232,6 +234,13 @@ func coded(err error) error {
 		{snapshot.ErrNotTaken, api.CodeRefused, "tidemark snapshot take makes its images."},
 		{snapshot.ErrNoStorage, api.CodeRefused, "Give it some: tidemark snapshot append."},
 		{diff.ErrRefused, api.CodeRefused, ""},
+		{diff.ErrSpoiled, api.CodeRefused, "Destroy the snapshot and take another, with more difference storage where it was full."},
+		{diff.ErrFull, api.CodeRefused, "Give more room, or a larger limit."},
+		{snapshot.ErrStopped, api.CodeUnreachable, "Try again when the daemon is back."},
+		{deposit.ErrOtherDisks, api.CodeRefused, "Give another --name."},
+		{deposit.ErrOlder, api.CodeRefused, "Points of a group are in the order of time: give another --name."},
+		{deposit.ErrPoint, api.CodeInUse, "Give another --bookmark."},
+		{deposit.ErrChanged, api.CodeInUse, ""},
 		{serve.ErrSize, api.CodeUsage, ""},
 		{serve.ErrDamaged, api.CodeDamaged, ""},
 		{fs.ErrNotExist, api.CodeNotFound, ""},

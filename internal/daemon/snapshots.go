@@ -10,6 +10,7 @@ import (
 	"tidemark/internal/health"
 	"tidemark/internal/serve"
 	"tidemark/internal/snapshot"
+	"tidemark/internal/stream"
 )
 
 // Snapshots lists the snapshots of served devices.
@@ -23,7 +24,10 @@ func (s *service) Snapshots(context.Context) ([]api.Snapshot, error) {
 
 func (s *service) snapshotOf(i snapshot.Info) api.Snapshot {
 	out := api.Snapshot{ID: i.ID, State: i.State, Taken: i.TakenAt, Durable: i.Durable, ChunkBytes: i.Chunk, Devices: []api.SnapshotDevice{},
-		Storage: api.SnapshotStorage{Capacity: i.Capacity, Used: i.Used, Limit: i.Capacity + i.Room}, Conditions: []health.Condition{}}
+		Storage: api.SnapshotStorage{Capacity: i.Capacity, Used: i.Used, Limit: i.Capacity + i.Room}, Copies: s.copies.of(i.ID), Conditions: []health.Condition{}}
+	if i.Filesystem {
+		out.Consistency = stream.Filesystem
+	}
 	nodes := s.devices.Nodes()
 	for _, d := range i.Devices {
 		out.Devices = append(out.Devices, api.SnapshotDevice{Device: nodes[d.Name], Image: s.devices.ImageNode(d.Name, i.ID),

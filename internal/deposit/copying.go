@@ -1,6 +1,7 @@
 package deposit
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -192,7 +193,7 @@ func (d *disk) changed(set *block.Set, fresh bool) (why string) {
 
 // begin sets up what segments say. Until the copy is whole they name the base as it was.
 func (c *copying) begin(h *timeline.History) {
-	c.builder = segment.NewBuilder(segmentBytes)
+	c.builder = segment.NewBuilder(cmp.Or(c.r.Segment, segmentBytes))
 	c.header = segment.Header{Group: c.r.Group}
 	if h != nil {
 		c.header.GroupID = h.GroupID()

@@ -75,6 +75,7 @@ type Request struct {
 	Holder      vault.Holder
 	Folder      string                  // for segments on their way to the vault; the caller makes and removes it
 	Progress    func(done, total int64) // bytes read of the images; nil: nobody asks
+	Segment     int                     // bytes at which a segment is sealed; 0: 8 MiB
 }
 
 // Result is the point that there is now.

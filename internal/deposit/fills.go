@@ -2,6 +2,7 @@ package deposit
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -47,7 +48,7 @@ func (c *copying) copy(ctx context.Context, d *disk) error {
 			if c.r.Progress != nil {
 				c.r.Progress(c.done, c.total)
 			}
-			if c.builder.Size() >= segmentBytes {
+			if c.builder.Size() >= cmp.Or(c.r.Segment, segmentBytes) {
 				if err := c.ship(ctx); err != nil {
 					return err
 				}

@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -14,6 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tidemark/internal/block"
+	"tidemark/internal/cbt"
 	"tidemark/internal/freeze"
 	"tidemark/internal/snapshot"
 )
@@ -172,4 +175,36 @@ func (s *Server) DestroySnapshot(ctx context.Context, id snapshot.ID) error {
 		_ = os.Remove(s.memory) // where it is empty
 	}
 	return errors.Join(append(errs, s.closeDisks())...)
+}
+
+// SnapshotPart is a device of a taken snapshot, for who reads its image.
+type SnapshotPart struct {
+	snapshot.ImageOf
+	SectorSize int64 // bytes
+	BlockSize  int64 // of the change map
+}
+
+// SnapshotParts gives the devices of a taken snapshot.
+func (s *Server) SnapshotParts(id snapshot.ID) (snapshot.Info, []SnapshotPart, error) {
+	images, err := s.set.Images(id)
+	if err != nil {
+		return snapshot.Info{}, nil, err
+	}
+	info, err := s.Snapshot(id)
+	if err != nil {
+		return info, nil, err
+	}
+	var out []SnapshotPart
+	for _, i := range images {
+		d, err := s.find(i.Device)
+		if err != nil {
+			return info, nil, err
+		}
+		now := d.now()
+		if now.lower == nil {
+			return info, nil, fmt.Errorf("%s is offline: %w", i.Device, ErrNotFound)
+		}
+		out = append(out, SnapshotPart{i, cmp.Or(now.lower.Limits().LogicalBlock, block.SectorSize), cbt.BlockSize(i.Image.Size())})
+	}
+	return info, out, nil
 }

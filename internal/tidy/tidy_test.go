@@ -54,7 +54,7 @@ var layer = map[string][]string{
 	"internal/spool":    {"internal/block", "internal/health", "internal/segment", "internal/stream", "internal/vfs"},
 	"internal/vault":    {"internal/block", "internal/health", "internal/segment", "internal/stream", "internal/vfs"},
 	"internal/timeline": {"internal/block", "internal/segment", "internal/stream", "internal/vault"},
-	"internal/deposit":  {"internal/block", "internal/segment", "internal/stream", "internal/timeline", "internal/vault"},
+	"internal/deposit":  {"internal/block", "internal/cbt", "internal/segment", "internal/stream", "internal/timeline", "internal/vault"},
 	"internal/restore":  {"internal/block", "internal/loop"},
 
 	// Served devices.

@@ -63,6 +63,7 @@ func TestOpenAPISchemas(t *testing.T) {
 		"ChangesRequest": reflect.TypeFor[ChangesRequest](), "MarkRequest": reflect.TypeFor[MarkRequest](),
 		"Snapshot": reflect.TypeFor[Snapshot](), "SnapshotDevice": reflect.TypeFor[SnapshotDevice](), "SnapshotStorage": reflect.TypeFor[SnapshotStorage](),
 		"StorageSpec": reflect.TypeFor[StorageSpec](), "SnapshotRequest": reflect.TypeFor[SnapshotRequest](), "SnapshotEvent": reflect.TypeFor[SnapshotEvent](),
+		"Copying": reflect.TypeFor[Copying](), "CopyRequest": reflect.TypeFor[CopyRequest](), "SnapshotCopy": reflect.TypeFor[SnapshotCopy](), "CopiedDevice": reflect.TypeFor[CopiedDevice](),
 	}
 	for name := range doc.Components.Schemas {
 		if _, ok := types[name]; !ok && !slices.Contains([]string{"Error", "Changes"}, name) { // an envelope, and one with another type in it

@@ -9,18 +9,22 @@ import (
 	"time"
 
 	"tidemark/internal/health"
+	"tidemark/internal/stream"
 )
 
 // Snapshot is a snapshot of several served devices at one instant.
 type Snapshot struct {
-	ID         string             `json:"id"`
-	State      string             `json:"state"` // "created", "taken" or "spoiled"
-	Taken      time.Time          `json:"taken,omitzero"`
-	Durable    bool               `json:"durable"`
-	ChunkBytes int64              `json:"chunk_bytes"`
-	Devices    []SnapshotDevice   `json:"devices"`
-	Storage    SnapshotStorage    `json:"storage"`
-	Conditions []health.Condition `json:"conditions"`
+	ID         string           `json:"id"`
+	State      string           `json:"state"` // "created", "taken" or "spoiled"
+	Taken      time.Time        `json:"taken,omitzero"`
+	Durable    bool             `json:"durable"`
+	ChunkBytes int64            `json:"chunk_bytes"`
+	Devices    []SnapshotDevice `json:"devices"`
+	Storage    SnapshotStorage  `json:"storage"`
+	// Consistency is filesystem where file systems were mounted from the devices, all frozen at the instant.
+	Consistency stream.Consistency `json:"consistency"`
+	Copies      []Copying          `json:"copies"` // into vaults, under way
+	Conditions  []health.Condition `json:"conditions"`
 }
 
 // SnapshotDevice is one device of a snapshot. Image, Generation and Number are

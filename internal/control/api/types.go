@@ -116,6 +116,7 @@ type Service interface {
 	Devices
 	ChangeMaps
 	Snapshots
+	Copies
 	Status(ctx context.Context) (Status, error)
 	Protect(ctx context.Context, r ProtectRequest) (Group, error)
 	Unprotect(ctx context.Context, group string, abandon bool) error
