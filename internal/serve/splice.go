@@ -181,10 +181,18 @@ func (s *Server) leadBack(ctx context.Context, d *Device) error {
 func (s *Server) replaced(ctx context.Context, c *dm.Control, d *Device) error {
 	sp, name, front := d.spec.Splice, d.spec.Name, d.spec.Front
 	s.env.Log.Warn("a spliced volume has got another table", "device", name, "volume", sp.Name)
-	if err := errors.Join(s.take(ctx, d), sp.Remove(c), s.forgotten(name)); err != nil {
-		return err
+	// The kernel still tears down the table that was in use when the other one already is.
+	if err := letGo(ctx, func() error { return s.take(ctx, d) }); err != nil {
+		return err // and the next look tries again
 	}
-	fresh, err := s.spliceIn(ctx, fmt.Sprintf("/dev/dm-%d", sp.Minor), name, front)
+	err := letGo(ctx, func() error { return sp.Remove(c) })
+	if err == nil {
+		err = s.forgotten(name)
+	}
+	var fresh *Device
+	if err == nil {
+		fresh, err = s.spliceIn(ctx, fmt.Sprintf("/dev/dm-%d", sp.Minor), name, front)
+	}
 	if err != nil {
 		d.set(func() { d.spec.Splice = nil })
 		d.health.Raise(health.Condition{Code: "splice-lost", Severity: health.Error, Subject: name,
@@ -199,6 +207,24 @@ func (s *Server) replaced(ctx context.Context, c *dm.Control, d *Device) error {
 		Detail: fmt.Sprintf("The volume %s got another table, by LVM as a rule, and was spliced again: its change map begins a new generation.", sp.Name),
 		Remedy: "Take a full copy next."})
 	return nil
+}
+
+// letGoTime is for how long a device may be in use by what is just being taken down.
+const letGoTime = 10 * time.Second
+
+// letGo does what needs a device that nobody uses, and waits for that a while.
+func letGo(ctx context.Context, do func() error) error {
+	for end := time.Now().Add(letGoTime); ; {
+		err := do()
+		if !errors.Is(err, ErrInUse) && !errors.Is(err, dm.ErrBusy) || time.Now().After(end) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 }
 
 // Unsplice gives the mapped device its own table back and ends the served device.
@@ -224,10 +250,13 @@ func (s *Server) Unsplice(ctx context.Context, name string) error {
 	if err := sp.Out(c, false); err != nil && !errors.Is(err, splice.ErrReplaced) {
 		return err
 	}
-	if err := s.take(ctx, d); err != nil {
+	if err := letGo(ctx, func() error { return s.take(ctx, d) }); err != nil {
 		return err
 	}
-	return errors.Join(sp.Remove(c), s.forgotten(name))
+	if err := letGo(ctx, func() error { return sp.Remove(c) }); err != nil {
+		return err
+	}
+	return s.forgotten(name)
 }
 
 // watch looks at the spliced volumes whenever the kernel tells of one, and every
