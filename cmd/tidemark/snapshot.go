@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -83,20 +84,20 @@ func printID(out io.Writer, s api.Snapshot, asJSON bool) error {
 // storageMin is the smallest limit, in bytes.
 const storageMin = 1 << 20
 
-// parseStorage reads PATH[:LIMIT]. What follows the last colon counts as a limit
-// where it is a size.
+// parseStorage reads PATH[:LIMIT]. What follows the last colon of the last part of
+// the path is a limit, unless all of it is the path of something that exists, as
+// those in /dev/disk/by-path with their colons are.
 func parseStorage(text string) (s api.StorageSpec, err error) {
 	s.Path = text
-	if i := strings.LastIndexByte(text, ':'); i > 0 {
-		if n, err := parseSize(text[i+1:]); err == nil && text[i+1:] != "" {
-			if n < storageMin {
-				return s, fmt.Errorf("--storage %q: want a limit of at least 1M", text)
-			}
-			s.Path, s.Limit = text[:i], n
+	i := strings.LastIndexByte(text, ':')
+	if _, absent := os.Lstat(text); absent != nil && i > strings.LastIndexByte(text, '/') {
+		s.Path = text[:i]
+		if s.Limit, err = parseSize(text[i+1:]); err != nil || s.Limit < storageMin {
+			return s, fmt.Errorf("difference storage %q: %q is not a limit: want one from 1M, with K, M, G or T behind it", text, text[i+1:])
 		}
 	}
 	if s.Path == "" {
-		return s, fmt.Errorf("--storage %q: want PATH or PATH:LIMIT", text)
+		return s, fmt.Errorf("difference storage %q: want PATH or PATH:LIMIT", text)
 	}
 	s.Path, err = filepath.Abs(s.Path)
 	return s, err

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"tidemark/internal/backing"
@@ -228,6 +229,7 @@ func coded(err error) error {
 		{cbt.ErrFullCopy, api.CodeFullCopy, "Copy the whole device, from a snapshot, and ask from that snapshot on."},
 		{serve.ErrRefused, api.CodeRefused, ""},
 		{dm.ErrNoMapper, api.CodeRefused, ""},
+		{snapshot.ErrRequest, api.CodeUsage, ""},
 		{snapshot.ErrNoSuch, api.CodeNotFound, "tidemark snapshot ls lists the snapshots."},
 		{snapshot.ErrNoDevice, api.CodeNotFound, "tidemark device ls lists the devices."},
 		{snapshot.ErrTaken, api.CodeRefused, ""},
@@ -244,6 +246,8 @@ func coded(err error) error {
 		{serve.ErrSize, api.CodeUsage, ""},
 		{serve.ErrDamaged, api.CodeDamaged, ""},
 		{fs.ErrNotExist, api.CodeNotFound, ""},
+		{fs.ErrPermission, api.CodeRefused, ""},
+		{syscall.ENOSPC, api.CodeRefused, "Make room there, or name another place."},
 		{protect.ErrOffline, api.CodeUnreachable, ""},
 	} {
 		if errors.Is(err, c.is) {

@@ -44,6 +44,9 @@ func OpenFile(path string, limit int64, dev block.Device) (*File, error) {
 		made = false
 		f, err = os.OpenFile(path, os.O_RDWR, 0)
 	}
+	if errors.Is(err, unix.EISDIR) {
+		return nil, fmt.Errorf("%s is a folder: name a file in it: %w", path, ErrRefused)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("difference storage: %w", err)
 	}

@@ -58,7 +58,7 @@ func (s *Snapshot) diffConfig() diff.Config {
 // admit checks a request and fills in what it leaves open.
 func (s *Snapshot) admit(r Request, places []Place) error {
 	if len(r.Devices) == 0 {
-		return fmt.Errorf("a snapshot of no device: %w", ErrNoDevice)
+		return fmt.Errorf("a snapshot of no device: %w", ErrRequest)
 	}
 	var limits int64
 	for i, p := range r.Storage {
@@ -71,15 +71,18 @@ func (s *Snapshot) admit(r Request, places []Place) error {
 		}
 	}
 	chunk := cmp.Or(r.Chunk, chunkDefault)
+	if chunk < diff.Align || chunk > chunkMax || chunk&(chunk-1) != 0 {
+		return fmt.Errorf("chunks of %d bytes, want a power of two from 4 KiB to %d MiB: %w", chunk, chunkMax>>20, ErrRequest)
+	}
 	low := cmp.Or(r.Low, max(min(limits/4, lowMax), 8*chunk))
 	if r.Low == 0 && limits == 0 {
 		low = lowMax
 	}
 	s.man = manifest{Version: 1, ID: FormatID(s.id), State: stateCreated, Boot: s.set.cfg.BootID, Durable: r.Durable,
-		Chunk: chunk, Low: low, Buffers: int(min(max(buffersBytes/chunk, 8), buffersMax)), Memory: s.set.cfg.Memory != ""}
+		Chunk: chunk, Low: low, Buffers: int(min(max(buffersBytes/chunk, 4), buffersMax)), Memory: s.set.cfg.Memory != ""}
 	for i, name := range r.Devices {
 		if slices.Contains(r.Devices[:i], name) {
-			return fmt.Errorf("device %s is named twice: %w", name, ErrNoDevice)
+			return fmt.Errorf("device %s is named twice: %w", name, ErrRequest)
 		}
 		d, err := s.set.cfg.Device(name)
 		if err != nil {

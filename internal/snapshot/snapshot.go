@@ -32,6 +32,7 @@ import (
 // Errors that callers branch on.
 var (
 	ErrNoSuch    = errors.New("no such snapshot")
+	ErrRequest   = errors.New("not a snapshot that can be made")
 	ErrNoDevice  = errors.New("no such device")
 	ErrTaken     = errors.New("the snapshot was taken already")
 	ErrNotTaken  = errors.New("the snapshot was not taken yet")
@@ -156,6 +157,7 @@ type Storage struct {
 
 const (
 	chunkDefault = 64 << 10
+	chunkMax     = 64 << 20
 	limitDefault = 1 << 30
 	lowMax       = 64 << 20
 	atOnce       = 64 << 20 // a file with a limit up to this is allocated at once
