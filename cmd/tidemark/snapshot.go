@@ -188,6 +188,9 @@ func newSnapshotImages() *cobra.Command {
 				return json.NewEncoder(cmd.OutOrStdout()).Encode(s.Devices)
 			}
 			for _, d := range s.Devices {
+				if d.Image == "" && s.State != "created" {
+					return &api.Error{Code: api.CodeRefused, Message: fmt.Sprintf("the image of %s is not there%s", d.Device, because(d.Spoiled)), Remedy: "tidemark status says why; start the daemon again, or destroy the snapshot."}
+				}
 				if d.Image == "" {
 					return &api.Error{Code: api.CodeRefused, Message: "snapshot " + s.ID + " has not been taken", Remedy: "tidemark snapshot take " + s.ID}
 				}
@@ -200,6 +203,13 @@ func newSnapshotImages() *cobra.Command {
 	socketFlag(cmd)
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
+}
+
+func because(why string) string {
+	if why == "" {
+		return ""
+	}
+	return ": " + why
 }
 
 func findSnapshot(cmd *cobra.Command, id string) (api.Snapshot, error) {

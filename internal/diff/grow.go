@@ -12,6 +12,22 @@ func (s *Storage) AddSource(src Source) {
 	s.tell(events)
 }
 
+// Silence gives no low-space event until Announce: the storage is still being made.
+func (s *Storage) Silence() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.silent = true
+}
+
+// Announce tells of the room as it is by now.
+func (s *Storage) Announce() {
+	s.mu.Lock()
+	s.silent = false
+	events := s.judge()
+	s.mu.Unlock()
+	s.tell(events)
+}
+
 // judge sees whether room runs out, and has the storage grow or gives the event.
 // s.mu is held.
 func (s *Storage) judge() []Event {
@@ -27,7 +43,7 @@ func (s *Storage) judge() []Event {
 		s.growing = true
 		go s.grow()
 	}
-	if left+room > s.cfg.Low || s.quiet {
+	if left+room > s.cfg.Low || s.quiet || s.silent {
 		return nil
 	}
 	s.quiet = true

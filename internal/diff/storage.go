@@ -40,6 +40,7 @@ type Storage struct {
 	overhead int64
 	sources  []Source
 	quiet    bool  // a low-space event stands
+	silent   bool  // none are given yet
 	why      error // a source failed
 	full     bool  // an overflow event was sent
 	growing  bool

@@ -89,6 +89,11 @@ func (s *Server) showImage(ctx context.Context, id snapshot.ID, i snapshot.Image
 	return nil
 }
 
+func (s *Server) imagesOffline(id string, err error) {
+	s.health.Raise(health.Condition{Code: "image-offline", Severity: health.Error, Subject: id, Detail: err.Error(),
+		Remedy: "Start the daemon again when what it names is mended, or: tidemark snapshot destroy " + id + "."})
+}
+
 func imageName(device string, id snapshot.ID) string {
 	return device + "@" + snapshot.FormatID(id)
 }
@@ -124,8 +129,7 @@ func (s *Server) bringBackImages(ctx context.Context) {
 			continue
 		}
 		if err := s.showImages(ctx, id); err != nil {
-			s.health.Raise(health.Condition{Code: "image-offline", Severity: health.Error, Subject: i.ID, Detail: err.Error(),
-				Remedy: "Start the daemon again when what it names is mended, or: tidemark snapshot destroy " + i.ID + "."})
+			s.imagesOffline(i.ID, err)
 		}
 	}
 	left, _ := filepath.Glob(filepath.Join(s.folder, "*@*"+recordSuffix)) // a pattern without faults

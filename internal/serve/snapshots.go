@@ -18,6 +18,7 @@ import (
 	"tidemark/internal/block"
 	"tidemark/internal/cbt"
 	"tidemark/internal/freeze"
+	"tidemark/internal/health"
 	"tidemark/internal/snapshot"
 )
 
@@ -31,6 +32,10 @@ func (s *Server) openSnapshots() error {
 	s.memory = s.memoryFolder()
 	s.set, err = snapshot.Open(snapshot.Config{
 		Dir: filepath.Join(s.env.StateDir, "snapshots"), Memory: s.memory, BootID: strings.TrimSpace(string(boot)),
+		Trouble: func(id string, err error) {
+			s.health.Raise(health.Condition{Code: "snapshot-remains", Severity: health.Warning, Subject: id, Detail: "What an earlier daemon left of a snapshot: " + err.Error() + ".",
+				Remedy: "Mend what it names and start the daemon again; what lies in " + filepath.Join(s.env.StateDir, "snapshots") + " says which files are its storage."})
+		},
 		Device: s.partsOf, Locate: s.locate, Freeze: s.freezeDevices,
 	})
 	return err
@@ -145,7 +150,11 @@ func (s *Server) TakeSnapshot(ctx context.Context, id snapshot.ID) error {
 	if err := s.set.Take(ctx, id); err != nil {
 		return err
 	}
-	return s.showImages(ctx, id)
+	if err := s.showImages(ctx, id); err != nil {
+		s.imagesOffline(snapshot.FormatID(id), err)
+		return err
+	}
+	return nil
 }
 
 // AppendStorage gives a snapshot more difference storage.

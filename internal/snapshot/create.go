@@ -30,15 +30,20 @@ func (t *Set) Create(r Request) (ID, error) {
 	if s.storage, err = diff.New(s.diffConfig()); err != nil {
 		return ID{}, err
 	}
+	s.storage.Silence()
 	err = s.change(func(*manifest) {})
 	for i, p := range r.Storage {
 		if err == nil {
 			err = s.append(p, places[i])
 		}
 	}
+	if err == nil {
+		err = s.change(func(m *manifest) { m.State = stateCreated })
+	}
 	if err != nil {
 		return ID{}, errors.Join(err, s.discard())
 	}
+	s.storage.Announce()
 	t.mu.Lock()
 	stopped := t.stopped
 	if !stopped {
@@ -78,7 +83,7 @@ func (s *Snapshot) admit(r Request, places []Place) error {
 	if r.Low == 0 && limits == 0 {
 		low = lowMax
 	}
-	s.man = manifest{Version: 1, ID: FormatID(s.id), State: stateCreated, Boot: s.set.cfg.BootID, Durable: r.Durable,
+	s.man = manifest{Version: 1, ID: FormatID(s.id), State: stateMaking, Boot: s.set.cfg.BootID, Durable: r.Durable,
 		Chunk: chunk, Low: low, Buffers: int(min(max(buffersBytes/chunk, 4), buffersMax)), Memory: s.set.cfg.Memory != ""}
 	for i, name := range r.Devices {
 		if slices.Contains(r.Devices[:i], name) {

@@ -15,6 +15,7 @@ import (
 
 // States of a snapshot in its manifest.
 const (
+	stateMaking    = "making" // nobody was told of it yet
 	stateCreated   = "created"
 	stateTaken     = "taken"
 	stateDestroyed = "destroyed" // what it used is being given back
@@ -34,6 +35,7 @@ type manifest struct {
 	Memory  bool             `json:"memory"` // chunks on their way are in memory that outlives the process
 	TakenAt time.Time        `json:"taken_at,omitzero"`
 	Frozen  bool             `json:"frozen,omitempty"` // file systems were, at the instant
+	Lost    string           `json:"lost,omitempty"`   // why it is spoiled as a whole
 	Devices []manifestDevice `json:"devices"`
 	Sources []manifestSource `json:"sources"`
 	Areas   []manifestArea   `json:"areas"`

@@ -48,9 +48,11 @@ func TestDamagedManifest(t *testing.T) {
 	}
 	r := newRig(t, Config{}, sim.NewDisk(mib))
 	cfg.Device = r.cfg.Device
+	var told error
+	cfg.Trouble = func(_ string, err error) { told = err }
 	set, err := Open(cfg)
-	if !errors.Is(err, diff.ErrCorrupt) || set == nil {
-		t.Fatalf("%v", err)
+	if !errors.Is(told, diff.ErrCorrupt) || err != nil {
+		t.Fatalf("%v, told %v", err, told)
 	}
 	if _, err := set.Create(Request{Devices: []string{"d0"}}); err != nil {
 		t.Error(err)

@@ -20,37 +20,110 @@ func (t *Set) restore() error {
 	if err != nil {
 		return err
 	}
-	var errs []error
 	for _, name := range names {
 		man, id, err := load(name)
 		if err != nil {
-			errs = append(errs, err)
+			t.cfg.Trouble(filepath.Base(name), err)
 			continue
 		}
 		s := &Snapshot{set: t, id: id, man: man}
-		if man.State != stateTaken {
-			// Not taken when the process ended, or being destroyed: nobody has it.
-			if err := s.reopen(); err != nil {
-				errs = append(errs, fmt.Errorf("giving back the storage of snapshot %s: %w", man.ID, err))
-				continue
+		switch man.State {
+		case stateDestroyed, stateMaking:
+			err = s.giveBack()
+		case stateCreated:
+			if again := s.prepared(); again != nil {
+				err = errors.Join(again, s.giveBack())
+			} else {
+				t.m[id] = s
 			}
-			errs = append(errs, s.discard())
-			continue
+		default:
+			if lost := s.goOn(); lost != nil {
+				err = s.lose(lost)
+			}
+			t.m[id] = s
 		}
-		if err := s.goOn(); err != nil {
-			s.lose(err)
+		if err != nil {
+			t.cfg.Trouble(man.ID, err)
 		}
-		t.m[id] = s
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
-// lose declares a snapshot spoiled as a whole.
-func (s *Snapshot) lose(why error) {
+// giveBack removes what is left of a snapshot that nobody has.
+func (s *Snapshot) giveBack() error {
+	s.letGo()
+	if err := s.reopen(); err != nil {
+		return fmt.Errorf("giving back its storage: %w", err)
+	}
+	return s.discard()
+}
+
+// letGo forgets what was opened.
+func (s *Snapshot) letGo() {
+	if s.storage != nil {
+		s.storage.Close()
+		s.storage = nil
+	}
+	for _, f := range s.files {
+		_ = f.Close() // it was only looked at
+	}
+	s.files, s.devices = nil, nil
+}
+
+// prepared takes up one that was not taken yet.
+func (s *Snapshot) prepared() error {
+	err := s.reopen()
+	if err != nil {
+		return err
+	}
+	for _, d := range s.man.Devices {
+		dev, err := s.set.cfg.Device(d.Name)
+		if err != nil {
+			return err
+		}
+		s.devices = append(s.devices, dev)
+	}
+	spaces, err := s.spaces()
+	if err != nil {
+		return err
+	}
+	if s.storage, _, err = diff.Recover(s.diffConfig(), spaces); err != nil {
+		return err
+	}
+	s.grows()
+	return nil
+}
+
+// grows has the storage grow by itself again.
+func (s *Snapshot) grows() {
+	for i, f := range s.files {
+		s.storage.AddSource(grower{f, s.source(i)})
+	}
+}
+
+// lose declares a snapshot spoiled as a whole. Where one of its devices is there,
+// which will be written to past the snapshot, that holds for good.
+func (s *Snapshot) lose(why error) error {
 	s.lost = fmt.Errorf("snapshot %s: %w: %w", FormatID(s.id), diff.ErrSpoiled, why)
 	for _, d := range s.man.Devices {
 		s.events.add(diff.Event{Kind: diff.Corrupt, Device: d.Name, Err: why})
 	}
+	var err error
+	for _, d := range s.man.Devices {
+		if _, there := s.set.cfg.Device(d.Name); there == nil && s.man.Lost == "" {
+			if err = s.change(func(m *manifest) { m.Lost = why.Error() }); err != nil && s.storage != nil {
+				err = errors.Join(err, s.storage.Spoil())
+			}
+		}
+	}
+	for _, m := range s.images {
+		m.Close()
+	}
+	if s.images = nil; s.pending != nil {
+		err = errors.Join(err, s.pending.Close())
+		s.pending = nil
+	}
+	return err
 }
 
 // reopen takes the files over again, where they are to be found.
@@ -86,6 +159,8 @@ func (s *Snapshot) goOn() error {
 	}
 	sameBoot := s.man.Boot == s.set.cfg.BootID
 	switch {
+	case s.man.Lost != "":
+		return errors.New(s.man.Lost)
 	case s.man.Durable || s.man.Clean || sameBoot && s.man.Memory:
 	case sameBoot:
 		return errors.New("the daemon was killed, and had no memory that outlives it")
@@ -110,9 +185,7 @@ func (s *Snapshot) goOn() error {
 	if err := s.change(func(m *manifest) { m.Clean, m.Boot = false, s.set.cfg.BootID }); err != nil {
 		return err
 	}
-	for i, f := range s.files {
-		s.storage.AddSource(grower{f, s.source(i)})
-	}
+	s.grows()
 	return nil
 }
 

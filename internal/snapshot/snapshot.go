@@ -70,6 +70,9 @@ type Config struct {
 	BootID   string        // of this boot of the machine
 	Patience time.Duration // that a write has with difference storage, and destroy with an image's last requests; 5 s
 	HoldMax  time.Duration // how long writes are held for a take at most; 10 s
+	// Trouble is told what could not be taken up again, or not be given back, of what
+	// an earlier process left; nil: nobody is.
+	Trouble func(id string, err error)
 	// Device finds a served device by name.
 	Device func(name string) (Device, error)
 	// Locate says what a path of difference storage is; nil: all are files, through their file systems.
@@ -111,6 +114,9 @@ func Open(cfg Config) (*Set, error) {
 	}
 	if cfg.HoldMax == 0 {
 		cfg.HoldMax = 10 * time.Second
+	}
+	if cfg.Trouble == nil {
+		cfg.Trouble = func(string, error) {}
 	}
 	if cfg.Locate == nil {
 		cfg.Locate = func(string) (Place, error) { return Place{File: true}, nil }

@@ -2,6 +2,7 @@ package snapshot
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -254,17 +255,192 @@ func TestPowerLoss(t *testing.T) {
 	}
 }
 
-// TestNotTakenIsGivenBack: what was not taken when the process ended is nobody's.
-func TestNotTakenIsGivenBack(t *testing.T) {
-	cfg := Config{Dir: t.TempDir()}
-	r := newRig(t, cfg, sim.NewDisk(mib))
+// TestNotTakenGoesOn: one that was prepared is there after the process was killed,
+// and can be taken then; one that was being made, or cannot go on, leaves nothing.
+func TestNotTakenGoesOn(t *testing.T) {
+	disk := sim.NewDisk(mib)
+	cfg := Config{Dir: t.TempDir(), Memory: t.TempDir()}
+	r := newRig(t, cfg, disk)
 	path := filepath.Join(t.TempDir(), "diff")
-	if _, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: path, Limit: mib}}}); err != nil {
+	id, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: path, Limit: 4 * mib}}})
+	if err != nil {
 		t.Fatal(err)
 	}
-	r = newRig(t, cfg, sim.NewDisk(mib))
-	if _, err := os.Stat(path); !os.IsNotExist(err) || len(r.set.List()) != 0 {
-		t.Errorf("%v, %+v", err, r.set.List())
+	for _, clean := range []bool{false, true} {
+		if clean {
+			if err := r.set.Stop(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r = newRig(t, cfg, disk)
+		if l := r.set.List(); len(l) != 1 || l[0].State != "created" || l[0].ID != FormatID(id) {
+			t.Fatalf("clean %v: %+v", clean, l)
+		}
+	}
+	fill(t, r.stacks[0], 'o')
+	if err := r.set.Take(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	fill(t, r.stacks[0], 'n')
+	images, err := r.set.Images(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantAll(t, images[0].Image, 'o', "taken after two restarts")
+	if err := r.set.Destroy(id); err != nil {
+		t.Fatal(err)
+	}
+	for _, state := range []string{stateMaking, stateCreated} {
+		made, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: path, Limit: 4 * mib}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := r.set.find(made)
+		if err == nil {
+			err = s.change(func(m *manifest) { m.State = state })
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		without := newRig(t, cfg) // the device is not there
+		if _, err := os.Stat(path); !os.IsNotExist(err) || len(without.set.List()) != 0 {
+			t.Errorf("%s: %v, %+v", state, err, without.set.List())
+		}
+	}
+}
+
+// TestLostForGood: a snapshot that cannot go on, because one of its devices or its
+// storage is not there, is spoiled for good where another device is: that is
+// written to past it. Where none is there it goes on later.
+func TestLostForGood(t *testing.T) {
+	d0, d1, store := sim.NewDisk(mib), sim.NewDisk(mib), sim.NewDisk(4*mib)
+	away := false
+	cfg := Config{Dir: t.TempDir(), Memory: t.TempDir(), BootID: "one", Locate: func(string) (Place, error) {
+		if away {
+			return Place{}, os.ErrNotExist
+		}
+		return Place{Device: store}, nil
+	}}
+	r := newRig(t, cfg, d0, d1)
+	fill(t, r.stacks[0], 'o')
+	id, _ := r.taken(t, Request{Devices: []string{"d1", "d0"}, Storage: []Storage{{Path: "store"}}})
+	if err := r.set.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := newRig(t, cfg).set.Images(id); !errors.Is(err, diff.ErrSpoiled) {
+		t.Errorf("without any device: %v", err)
+	}
+	r = newRig(t, cfg, d0, d1)
+	images, err := r.set.Images(id)
+	if err != nil {
+		t.Fatalf("all are back: %v", err)
+	}
+	wantAll(t, images[1].Image, 'o', "all are back")
+	if err := r.set.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	for _, why := range []string{"device", "storage"} {
+		r := newRig(t, cfg, d0, d1)
+		id, _ := r.taken(t, Request{Devices: []string{"d1", "d0"}, Storage: []Storage{{Path: "store", Ranges: []block.Range{{Off: 2 * mib, Len: mib}}}}})
+		if err := r.set.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		away = why == "storage"
+		half := newRig(t, cfg, d0)
+		if _, err := half.set.Images(id); !errors.Is(err, diff.ErrSpoiled) {
+			t.Errorf("%s: %v", why, err)
+		}
+		fill(t, half.stacks[0], 'n')
+		away = false
+		r = newRig(t, cfg, d0, d1)
+		if _, err := r.set.Images(id); !errors.Is(err, diff.ErrSpoiled) {
+			t.Errorf("%s: everything is back, and so is an image of d0 that is none: %v", why, err)
+		}
+		if err := errors.Join(r.set.Destroy(id), r.set.Stop()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestAfterStop: every verb is refused, none breaks anything.
+func TestAfterStop(t *testing.T) {
+	r := newRig(t, Config{}, sim.NewDisk(mib))
+	path := filepath.Join(t.TempDir(), "diff")
+	id, _ := r.taken(t, Request{Devices: []string{"d0"}, Storage: []Storage{{Path: path, Limit: 4 * mib}}})
+	if err := errors.Join(r.set.Stop(), r.set.Stop()); err != nil {
+		t.Fatal(err)
+	}
+	_, images := r.set.Images(id)
+	_, created := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: path + "2", Limit: 4 * mib}}})
+	for what, err := range map[string]error{"destroy": r.set.Destroy(id), "take": r.set.Take(t.Context(), id), "append": r.set.Append(id, Storage{Path: path + "3"}),
+		"images": images, "create": created} {
+		if !errors.Is(err, ErrStopped) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if left, _ := filepath.Glob(path + "?"); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// TestDestroyedMeanwhile: verbs and readers that meet a destroy end with an error
+// or as if they had come first; nothing is left.
+func TestDestroyedMeanwhile(t *testing.T) {
+	dir := t.TempDir()
+	r := newRig(t, Config{Memory: t.TempDir()}, sim.NewDisk(mib))
+	for round := range 20 {
+		path := filepath.Join(dir, fmt.Sprint("diff", round))
+		id, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: path, Limit: 2 * mib}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var all sync.WaitGroup
+		for _, do := range []func() error{
+			func() error { return r.set.Take(context.Background(), id) },
+			func() error { return r.set.Append(id, Storage{Path: path + "more", Limit: mib}) },
+			func() error { _, err := r.set.Images(id); return err },
+			func() error { return r.set.Destroy(id) },
+			func() error { return r.set.Destroy(id) },
+		} {
+			all.Go(func() {
+				if err := do(); err != nil && !errors.Is(err, ErrNoSuch) && !errors.Is(err, ErrNotTaken) {
+					t.Error(err)
+				}
+			})
+		}
+		fill(t, r.stacks[0], byte(round))
+		all.Wait()
+		if left, _ := filepath.Glob(path + "*"); len(left) > 0 || len(r.set.List()) > 0 {
+			t.Fatalf("left behind: %v %+v", left, r.set.List())
+		}
+	}
+}
+
+// TestSharedStorage: no place holds difference storage twice, and none is laid over a served device.
+func TestSharedStorage(t *testing.T) {
+	store := sim.NewDisk(8 * mib)
+	served := false
+	r := newRig(t, Config{Locate: func(string) (Place, error) { return Place{Device: store, Name: "sdx", Served: served}, nil }}, sim.NewDisk(mib))
+	first, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: "by-id", Limit: 4 * mib}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range [][]Storage{{{Path: "by-path"}}, {{Path: "x", Ranges: []block.Range{{Off: 3 * mib, Len: 2 * mib}}}},
+		{{Path: "x", Ranges: []block.Range{{Off: 4 * mib, Len: mib}}}, {Path: "y", Ranges: []block.Range{{Off: 4 * mib, Len: mib}}}}} {
+		if _, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: p}); !errors.Is(err, diff.ErrRefused) {
+			t.Errorf("%+v: %v", p, err)
+		}
+	}
+	second, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: "x", Ranges: []block.Range{{Off: 4 * mib, Len: 2 * mib}}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(r.set.Destroy(first), r.set.Destroy(second)); err != nil {
+		t.Fatal(err)
+	}
+	served = true
+	if _, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: "x"}}}); !errors.Is(err, diff.ErrRefused) {
+		t.Errorf("a served device: %v", err)
 	}
 }
 
