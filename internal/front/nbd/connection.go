@@ -48,17 +48,27 @@ type connection struct {
 	stranger bool // came through Serve; never changes
 
 	memory *semaphore.Weighted
+	slots  chan struct{} // one for each request under way
 	busy   sync.WaitGroup
-	out    sync.Mutex // one reply at a time
+	turns  turns
+
+	out     sync.Mutex // of what follows
+	answers []outgoing // to be sent
+	spare   []outgoing // what answers is when that is sent
+	sending bool       // somebody is at it
+	mute    error      // the client takes no answer any more
 }
 
 func newConnection(ctx context.Context, s *Server, conn net.Conn) *connection {
 	ctx, cancel := context.WithCancel(ctx)
 	l := &link{raw: conn, rw: conn}
-	return &connection{
+	c := &connection{
 		server: s, ctx: ctx, cancel: cancel, ended: make(chan struct{}), link: l,
-		in: bufio.NewReaderSize(conn, 64<<10), memory: semaphore.NewWeighted(clientMemory),
+		memory: semaphore.NewWeighted(clientMemory), slots: make(chan struct{}, workers),
 	}
+	c.turns.pace.Store(int64(slowTime))
+	c.in = bufio.NewReaderSize(conn, 64<<10)
+	return c
 }
 
 // serve greets the client, answers it until it is gone, and forgets it. A
@@ -111,6 +121,8 @@ type link struct {
 	raw net.Conn           // bears the deadlines
 	rw  io.ReadWriteCloser // raw, or TLS over it
 
+	bound time.Time // when the bound of writes was set; of who sends
+
 	mu    sync.Mutex
 	ended bool // deadlines are set for the last time
 }
@@ -129,9 +141,20 @@ func (l *link) set(deadline func(time.Time) error, d time.Duration) {
 	_ = deadline(at) // fails where it is closed, as what follows will
 }
 
-func (l *link) both(d time.Duration)    { l.set(l.raw.SetDeadline, d) }
+func (l *link) both(d time.Duration) {
+	l.set(l.raw.SetDeadline, d)
+	l.bound = time.Time{}
+}
 func (l *link) reading(d time.Duration) { l.set(l.raw.SetReadDeadline, d) }
-func (l *link) writing(d time.Duration) { l.set(l.raw.SetWriteDeadline, d) }
+
+// writing bounds a write that begins now. A bound that was set in the last
+// second is as good: setting one costs as much as a small write.
+func (l *link) writing() {
+	if now := time.Now(); now.Sub(l.bound) > time.Second {
+		l.bound = now
+		l.set(l.raw.SetWriteDeadline, stallTime+time.Second)
+	}
+}
 
 // hangUp ends reading at once, so that no new request comes, and writing soon.
 func (l *link) hangUp() {
@@ -141,21 +164,24 @@ func (l *link) hangUp() {
 	_ = errors.Join(l.raw.SetReadDeadline(time.Now()), l.raw.SetWriteDeadline(time.Now().Add(drainTime)))
 }
 
-// send writes header and payload. A client that does not take them in time is an error.
-func (l *link) send(head []byte, payload ...[]byte) error {
-	batch, size := net.Buffers{head}, len(head)
-	for _, p := range payload {
-		for len(p) > 0 {
-			piece := p[:min(len(p), stallBytes-size%stallBytes)]
-			p = p[len(piece):]
-			batch, size = append(batch, piece), size+len(piece)
-			if size%stallBytes != 0 {
-				continue
+// send writes answers. A client that does not take them in time is an error.
+func (l *link) send(answers []outgoing) error {
+	var batch net.Buffers
+	size := 0
+	for _, a := range answers {
+		for _, p := range a.parts {
+			for len(p) > 0 {
+				piece := p[:min(len(p), stallBytes-size%stallBytes)]
+				p = p[len(piece):]
+				batch, size = append(batch, piece), size+len(piece)
+				if size%stallBytes != 0 {
+					continue
+				}
+				if err := l.flush(batch); err != nil {
+					return err
+				}
+				batch = nil
 			}
-			if err := l.flush(batch); err != nil {
-				return err
-			}
-			batch = nil
 		}
 	}
 	return l.flush(batch)
@@ -165,7 +191,7 @@ func (l *link) flush(batch net.Buffers) error {
 	if len(batch) == 0 {
 		return nil
 	}
-	l.writing(stallTime)
+	l.writing()
 	var err error
 	switch l.rw.(type) {
 	case *net.UnixConn, *net.TCPConn: // one system call
@@ -229,10 +255,10 @@ func (c *connection) hold(n uint32) (b []byte, free func(), err error) {
 	for size < int64(n) {
 		i, size = i+1, size*2
 	}
-	if err := c.memory.Acquire(c.ctx, size); err != nil {
+	if err := c.take(c.memory, size); err != nil {
 		return nil, nil, err
 	}
-	if err := c.server.memory.Acquire(c.ctx, size); err != nil {
+	if err := c.take(c.server.memory, size); err != nil {
 		c.memory.Release(size)
 		return nil, nil, err
 	}
@@ -246,4 +272,15 @@ func (c *connection) hold(n uint32) (b []byte, free func(), err error) {
 		c.server.memory.Release(size)
 		c.memory.Release(size)
 	}, nil
+}
+
+// take waits for room; answers that hold some go first.
+func (c *connection) take(room *semaphore.Weighted, size int64) error {
+	if room.TryAcquire(size) {
+		return nil
+	}
+	if err := c.flush(); err != nil {
+		return err
+	}
+	return room.Acquire(c.ctx, size)
 }

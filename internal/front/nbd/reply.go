@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"errors"
+	"net"
 	"syscall"
 
 	"tidemark/internal/abi/nbd"
@@ -23,10 +24,40 @@ func errno(err error) uint32 {
 	return nbd.EIO
 }
 
-func (c *connection) write(head []byte, payload ...[]byte) error {
+// outgoing is a reply on its way to the client.
+type outgoing struct {
+	parts net.Buffers
+	sent  func() // it was, or it never will be
+}
+
+// answer queues what a request is answered with: flush sends it.
+func (c *connection) answer(r request, parts ...[]byte) {
 	c.out.Lock()
 	defer c.out.Unlock()
-	return c.link.send(head, payload...)
+	c.answers = append(c.answers, outgoing{parts, r.free})
+}
+
+// flush sends what is queued. Where somebody else is at it already, they send
+// that too. It fails when the client cannot be answered any more.
+func (c *connection) flush() error {
+	c.out.Lock()
+	defer c.out.Unlock()
+	for !c.sending && len(c.answers) > 0 {
+		batch := c.answers
+		c.answers, c.sending = c.spare[:0], true
+		err := c.mute
+		c.out.Unlock()
+		if err == nil {
+			err = c.link.send(batch)
+		}
+		for i, a := range batch {
+			a.sent()
+			batch[i] = outgoing{}
+		}
+		c.out.Lock()
+		c.spare, c.sending, c.mute = batch, false, err
+	}
+	return c.mute
 }
 
 func simple(cookie uint64, code uint32) []byte {
@@ -45,26 +76,28 @@ func chunk(cookie uint64, last bool, kind uint16, n int) []byte {
 	return be.AppendUint32(h, uint32(n))
 }
 
-func (c *connection) done(r request) error {
+func (c *connection) done(r request) {
 	if c.structured {
-		return c.write(chunk(r.cookie, true, nbd.ReplyNone, 0))
+		c.answer(r, chunk(r.cookie, true, nbd.ReplyNone, 0))
+	} else {
+		c.answer(r, simple(r.cookie, 0))
 	}
-	return c.write(simple(r.cookie, 0))
 }
 
 // messageMax bounds the text of an error, in bytes; the protocol allows 4096.
 const messageMax = 1024
 
-func (c *connection) fail(r request, code uint32, why string) error {
+func (c *connection) fail(r request, code uint32, why string) {
 	if !c.structured {
-		return c.write(simple(r.cookie, code))
+		c.answer(r, simple(r.cookie, code))
+		return
 	}
 	why = why[:min(len(why), messageMax)]
 	h := chunk(r.cookie, true, nbd.ReplyError, 6+len(why))
-	return c.write(be.AppendUint16(be.AppendUint32(h, code), uint16(len(why))), []byte(why))
+	c.answer(r, be.AppendUint16(be.AppendUint32(h, code), uint16(len(why))), []byte(why))
 }
 
-func (c *connection) read(r request) error {
+func (c *connection) read(r request) {
 	pieces := []block.Extent{{Range: r.at(), State: block.Data}}
 	if c.structured && r.flags&nbd.CmdFlagDF == 0 && r.n >= 2*holeMin {
 		pieces = c.pieces(r.at())
@@ -74,29 +107,26 @@ func (c *connection) read(r request) error {
 			continue
 		}
 		if err := readFull(c.export.Device, r.buf[p.Off-int64(r.off):][:p.Len], p.Off); err != nil {
-			return c.fail(r, errno(err), err.Error())
+			c.fail(r, errno(err), err.Error())
+			return
 		}
 	}
 	if !c.structured {
-		return c.write(simple(r.cookie, 0), r.buf)
+		c.answer(r, simple(r.cookie, 0), r.buf)
+		return
 	}
-	c.out.Lock()
-	defer c.out.Unlock()
+	parts := make([][]byte, 0, 2*len(pieces))
 	for i, p := range pieces {
 		last := i == len(pieces)-1
-		var err error
 		if p.State == block.Data {
 			h := be.AppendUint64(chunk(r.cookie, last, nbd.ReplyOffsetData, 8+int(p.Len)), uint64(p.Off))
-			err = c.link.send(h, r.buf[p.Off-int64(r.off):][:p.Len])
+			parts = append(parts, h, r.buf[p.Off-int64(r.off):][:p.Len])
 		} else {
 			h := be.AppendUint64(chunk(r.cookie, last, nbd.ReplyOffsetHole, 12), uint64(p.Off))
-			err = c.link.send(be.AppendUint32(h, uint32(p.Len)))
-		}
-		if err != nil {
-			return err
+			parts = append(parts, be.AppendUint32(h, uint32(p.Len)))
 		}
 	}
-	return nil
+	c.answer(r, parts...)
 }
 
 // Zeroes travel as holes where they are long enough to be worth a chunk of their own.
@@ -140,7 +170,7 @@ func extend(out []block.Extent, e block.Extent) []block.Extent {
 }
 
 // status answers with what each context that was agreed on says.
-func (c *connection) status(r request) error {
+func (c *connection) status(r request) {
 	most := statusMax
 	if r.flags&nbd.CmdFlagReqOne != 0 {
 		most = 1
@@ -152,7 +182,8 @@ func (c *connection) status(r request) error {
 			err = errRun
 		}
 		if err != nil {
-			return c.fail(r, errno(err), m.name+": "+err.Error())
+			c.fail(r, errno(err), m.name+": "+err.Error())
+			return
 		}
 		h := chunk(r.cookie, i == len(c.contexts)-1, nbd.ReplyBlockStatus, 4+8*len(found))
 		reply = append(reply, be.AppendUint32(h, m.id)...)
@@ -160,5 +191,5 @@ func (c *connection) status(r request) error {
 			reply = be.AppendUint32(be.AppendUint32(reply, d.length), d.state)
 		}
 	}
-	return c.write(reply)
+	c.answer(r, reply)
 }

@@ -14,31 +14,11 @@ type request struct {
 	off        uint64
 	n          uint32
 	buf        []byte // of a read or write
-	free       func()
+	free       func() // gives back what the request holds, when its reply is sent
 }
 
 // at is the request's range. It means something once check has passed.
 func (r request) at() block.Range { return block.Range{Off: int64(r.off), Len: int64(r.n)} }
-
-// transmission reads requests and has them done side by side, a bounded number
-// at a time. It returns when the client is gone and its requests are done.
-func (c *connection) transmission() error {
-	slots := make(chan struct{}, workers)
-	defer c.busy.Wait()
-	for {
-		slots <- struct{}{}
-		r, err := c.next()
-		if err != nil || r.cmd == nbd.CmdDisc {
-			return err
-		}
-		c.busy.Go(func() {
-			defer func() { r.free(); <-slots }()
-			if err := c.do(r); err != nil { // it cannot be answered: the reader ends too
-				c.cut(err)
-			}
-		})
-	}
-}
 
 // next reads one request, with its payload. No more come than there is memory for.
 func (c *connection) next() (request, error) {
@@ -113,20 +93,23 @@ func (c *connection) check(r request) uint32 {
 	return 0
 }
 
-// do has a request done and answers it. It fails where the client cannot be answered.
-func (c *connection) do(r request) error {
+// do has a request done and queues the answer.
+func (c *connection) do(r request) {
 	if code := c.check(r); code != 0 {
-		return c.fail(r, code, "")
+		c.fail(r, code, "")
+		return
 	}
 	dev := c.export.Device
 	var err error
 	switch r.cmd {
 	case nbd.CmdRead:
-		return c.read(r)
+		c.read(r)
+		return
 	case nbd.CmdBlockStatus:
-		return c.status(r)
+		c.status(r)
+		return
 	case nbd.CmdWrite:
-		_, err = dev.WriteAt(r.buf, int64(r.off))
+		err = write(dev, r)
 	case nbd.CmdTrim:
 		if d, ok := dev.(block.Discarder); ok {
 			err = d.Discard(r.at())
@@ -136,13 +119,28 @@ func (c *connection) do(r request) error {
 	case nbd.CmdFlush:
 		err = dev.Flush()
 	}
-	if err == nil && r.flags&nbd.CmdFlagFUA != 0 && (r.cmd == nbd.CmdWrite || r.cmd == nbd.CmdWriteZeroes || r.cmd == nbd.CmdTrim) {
+	if err == nil && r.flags&nbd.CmdFlagFUA != 0 && (r.cmd == nbd.CmdWriteZeroes || r.cmd == nbd.CmdTrim) {
 		err = dev.Flush()
 	}
 	if err != nil {
-		return c.fail(r, errno(err), err.Error())
+		c.fail(r, errno(err), err.Error())
+		return
 	}
-	return c.done(r)
+	c.done(r)
+}
+
+// write writes, with FUA so that it is stable when it returns.
+func write(dev block.Device, r request) error {
+	stable := r.flags&nbd.CmdFlagFUA != 0
+	if f, ok := dev.(block.FUAWriter); ok && stable {
+		_, err := f.WriteFUA(r.buf, int64(r.off))
+		return err
+	}
+	_, err := dev.WriteAt(r.buf, int64(r.off))
+	if err == nil && stable {
+		err = dev.Flush()
+	}
+	return err
 }
 
 // cut ends the connection at once.
