@@ -46,16 +46,21 @@ func checkArguments(cmd *cobra.Command, args []string) error {
 	return nil
 }
 
-// checkRequired says which flag is missing or empty.
-func checkRequired(cmd *cobra.Command, _ []string) (err error) {
+// checkFlags says which flag is missing that a verb needs, and which was given
+// with nothing in it: as a rule a variable of a script that was never set, and
+// not a wish for the default.
+func checkFlags(cmd *cobra.Command, _ []string) (err error) {
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
 		required := slices.Equal(f.Annotations[cobra.BashCompOneRequiredFlag], []string{"true"})
-		if err != nil || !required || f.Changed && f.Value.String() != "" {
-			return
-		}
-		what := "missing"
-		if f.Changed {
+		what := ""
+		switch {
+		case f.Changed && f.Value.Type() == "string" && f.Value.String() == "":
 			what = "empty"
+		case required && !f.Changed:
+			what = "missing"
+		}
+		if err != nil || what == "" {
+			return
 		}
 		err = usageError{fmt.Errorf("--%s is %s: %s\n  Usage: %s", f.Name, what, f.Usage, cmd.UseLine())}
 	})

@@ -1,14 +1,17 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/spf13/cobra"
 
 	"tidemark/internal/doctor"
+	"tidemark/internal/vault"
 )
 
 // diagnosis is a contract: fields are added, never changed.
@@ -33,7 +36,7 @@ can be had here, why not, and what to do about it. Also finds taps that nobody
 owns any more; --fix removes them.`,
 		Example: "  tidemark doctor /dev/sdb\n  tidemark doctor --fix",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			d, err := diagnose(args, places)
+			d, err := diagnose(cmd.Context(), args, places)
 			if err != nil {
 				return err
 			}
@@ -59,7 +62,19 @@ owns any more; --fix removes them.`,
 	return cmd
 }
 
-func diagnose(args []string, places doctor.Places) (d diagnosis, err error) {
+func diagnose(ctx context.Context, args []string, places doctor.Places) (d diagnosis, err error) {
+	for _, state := range places.States { // the default one may be absent, and one that was named may not
+		if _, err := os.Stat(state); err != nil {
+			return d, fmt.Errorf("--state: %w", err)
+		}
+	}
+	for i, where := range places.Vaults {
+		v, err := vault.Open(ctx, where)
+		if err != nil {
+			return d, fmt.Errorf("--vault: %w", err)
+		}
+		places.Vaults[i] = v.Dir()
+	}
 	if len(args) == 1 {
 		if d.Device, err = doctor.Device(args[0]); err != nil {
 			return d, err
@@ -74,9 +89,9 @@ func diagnose(args []string, places doctor.Places) (d diagnosis, err error) {
 	if d.Locks, err = doctor.Locks(places); err != nil {
 		return d, err
 	}
-	d.Fixes, err = doctor.Fixes(places)
+	d.Fixes = doctor.Fixes(places, d.Pins)
 	d.Pins, d.Locks, d.Fixes = list(d.Pins), list(d.Locks), list(d.Fixes)
-	return d, err
+	return d, nil
 }
 
 // list makes an empty list of none: in JSON it is one too.
@@ -108,6 +123,11 @@ func printDiagnosis(out io.Writer, d diagnosis, fixed bool) {
 			what = "orphaned tap"
 		}
 		fmt.Fprintf(out, "%s of group %s: %s\n", what, p.Group, p.Reason)
+	}
+	for _, l := range d.Locks {
+		if l.Held {
+			fmt.Fprintf(out, "lock %s: held by process %d (%s)\n", l.Path, l.PID, l.By)
+		}
 	}
 	for _, f := range d.Fixes {
 		if !fixed {

@@ -85,11 +85,11 @@ func exitCode(ctx context.Context, err error) int {
 		{vault.ErrNoGroup, exitNotFound}, {disk.ErrNotFound, exitNotFound}, {disk.ErrNotBlock, exitRefused}, {vault.ErrNotVault, exitNotAVault}, {segment.ErrDamaged, exitDamaged},
 		{restore.ErrInUse, exitInUse}, {restore.ErrProtected, exitInUse}, {restore.ErrTooSmall, exitRefused},
 		{restore.ErrNotEmpty, exitRefused}, {restore.ErrDirectory, exitRefused}, {restore.ErrKind, exitRefused}, {restore.ErrVault, exitRefused},
-		{mount.ErrNoFileSystem, exitNotFound}, {mount.ErrPartition, exitUsage}, {mount.ErrSameFS, exitInUse}, {mount.ErrDir, exitUsage},
+		{mount.ErrNoFileSystem, exitNotFound}, {mount.ErrPartition, exitUsage}, {mount.ErrSameFS, exitInUse}, {mount.ErrDir, exitUsage}, {mount.ErrTaken, exitInUse},
 		{vault.ErrUnreachable, exitUnreachable}, {daemon.ErrRunning, exitInUse}, {daemon.ErrState, exitRefused}, {daemon.ErrSocket, exitRefused},
 		{nbd.ErrURI, exitUsage}, {nbd.ErrCertificates, exitUsage}, {nbd.ErrSocketInUse, exitInUse},
 		// Last, what the kernel says of a path that nothing above has a word for.
-		{unix.ENOSPC, exitUnreachable}, {fs.ErrNotExist, exitNotFound}, {fs.ErrPermission, exitRefused},
+		{unix.ENOSPC, exitUnreachable}, {fs.ErrNotExist, exitNotFound}, {fs.ErrPermission, exitRefused}, {unix.EROFS, exitRefused}, {unix.ENOTDIR, exitNotFound},
 	} {
 		if errors.Is(err, c.is) {
 			return c.code

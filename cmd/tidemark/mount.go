@@ -55,7 +55,7 @@ never changed. It returns when the tree is there. umount ends it.`,
 		if o.Spec, err = json.Marshal(spec); err != nil {
 			return err
 		}
-		o.Server = []string{self, "mount-serve"}
+		o.Server, o.Visible = []string{self, "mount-serve"}, []string{where}
 		if err := mount.Mount(cmd.Context(), view, args[1], o); err != nil {
 			return err
 		}

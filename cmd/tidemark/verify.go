@@ -1,8 +1,12 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -17,7 +21,7 @@ func newVerify() *cobra.Command {
 		Short: "Read everything in a vault and say what is damaged",
 		Long: `Reads every object and checks every checksum, index and link of the chain. Damage is
 named by group, disk, range and the points that it spoils. With --live the
-daemon also compares the vault with the disks themselves.`,
+daemon also compares the vault with the disks of the groups that it protects.`,
 		Example: "  tidemark verify --vault /backup/vault\n  tidemark verify --vault /backup/vault sdb --live",
 	}
 	where := vaultFlag(cmd)
@@ -43,14 +47,9 @@ daemon also compares the vault with the disks themselves.`,
 			bad += len(r.Damage)
 		}
 		disks := []api.LiveDisk{}
+		var unseen error // of the disks; what was found in the vault is told all the same
 		if live {
-			for _, g := range groups {
-				d, err := dial(socketFlagOf(cmd)).VerifyLive(cmd.Context(), g)
-				if err != nil {
-					return err
-				}
-				disks = append(disks, d...)
-			}
+			disks, unseen = compareLive(cmd.Context(), dial(socketFlagOf(cmd)), v.Dir(), groups, len(args) > 0)
 		}
 		different := int64(0)
 		for _, d := range disks {
@@ -61,17 +60,54 @@ daemon also compares the vault with the disks themselves.`,
 		} else {
 			printReports(cmd, reports, disks)
 		}
+		var damage error
 		switch {
-		case err != nil:
-			return err
 		case bad > 0:
-			return &api.Error{Code: api.CodeDamaged, Message: fmt.Sprintf("%d parts of the vault are damaged", bad), Remedy: "Points that do not need them can still be restored."}
+			damage = &api.Error{Code: api.CodeDamaged, Message: fmt.Sprintf("%d parts of the vault are damaged", bad), Remedy: "Points that do not need them can still be restored."}
 		case different > 0:
-			return &api.Error{Code: api.CodeDamaged, Message: fmt.Sprintf("the disks differ from the vault in %d bytes", different), Remedy: "Unprotect the group and protect it again: only what differs is copied."}
+			damage = &api.Error{Code: api.CodeDamaged, Message: fmt.Sprintf("the disks differ from the vault in %d bytes", different), Remedy: "Unprotect the group and protect it again: only what differs is copied."}
 		}
-		return nil
+		return errors.Join(err, damage, unseen)
 	}
 	return cmd
+}
+
+// compareLive has the daemon compare groups with their disks, and gives what was
+// compared before something failed. A group that was not named and that nobody
+// protects here is left out. One that the daemon protects into another vault is
+// not compared: that would say nothing of this one.
+func compareLive(ctx context.Context, client *api.Client, where string, groups []string, named bool) ([]api.LiveDisk, error) {
+	disks := []api.LiveDisk{}
+	st, err := client.Status(ctx)
+	if err != nil {
+		return disks, err
+	}
+	for _, name := range groups {
+		at := slices.IndexFunc(st.Groups, func(g api.Group) bool { return g.Name == name })
+		if at < 0 && !named {
+			continue
+		}
+		if at >= 0 && !sameFolder(st.Groups[at].Vault, where) {
+			other := st.Groups[at].Vault
+			return disks, &api.Error{Code: api.CodeRefused, Message: fmt.Sprintf("group %s is protected into %s, not into %s", name, other, where), Remedy: "Give --vault " + other + ", or leave --live out."}
+		}
+		d, err := client.VerifyLive(ctx, name)
+		if err != nil {
+			return disks, err
+		}
+		disks = append(disks, d...)
+	}
+	if len(disks) == 0 {
+		return disks, &api.Error{Code: api.CodeNotFound, Message: "none of the vault's groups is protected here: there is no disk to compare it with", Remedy: "Leave --live out, or ask the daemon that protects them."}
+	}
+	return disks, nil
+}
+
+// sameFolder says whether two names lead to one folder.
+func sameFolder(a, b string) bool {
+	x, err1 := os.Stat(a)
+	y, err2 := os.Stat(b)
+	return err1 == nil && err2 == nil && os.SameFile(x, y)
 }
 
 func printReports(cmd *cobra.Command, reports []timeline.Report, disks []api.LiveDisk) {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -120,6 +121,9 @@ func (s *service) Protect(ctx context.Context, r api.ProtectRequest) (api.Group,
 	if _, err := s.find(r.Name); err == nil {
 		return api.Group{}, &api.Error{Code: api.CodeInUse, Message: fmt.Sprintf("group %s is protected already", r.Name), Remedy: "Give another --name, or unprotect it first."}
 	}
+	if err := s.apart(r.Vault); err != nil {
+		return api.Group{}, err
+	}
 	g, err := protect.Create(ctx, s.env, protect.Request{Name: r.Name, Vault: r.Vault, Devices: r.Devices, Settings: protect.Settings{
 		RingBytes: int(r.RingBytes), SegmentBytes: int(r.SegmentBytes), SealEvery: time.Duration(r.SealMillis) * time.Millisecond,
 		SpoolBytes: r.SpoolBytes, FillRate: r.FillRate, HookDir: r.HookDir, Metadata: r.MetadataOnly, Force: r.Force,
@@ -136,6 +140,27 @@ func (s *service) Protect(ctx context.Context, r api.ProtectRequest) (api.Group,
 	s.groups[g.Config().Name] = g
 	s.mu.Unlock()
 	return groupOf(g.Status(ctx)), nil
+}
+
+// apart refuses a vault among the daemon's own things: it must outlive them, and
+// would be taken for a group.
+func (s *service) apart(where string) error {
+	dir, err := vault.Folder(where)
+	if err != nil {
+		return nil // not a local one
+	}
+	if realPath(dir) != realPath(s.env.StateDir) && !strings.HasPrefix(realPath(dir), realPath(s.env.StateDir)+"/") {
+		return nil
+	}
+	return &api.Error{Code: api.CodeRefused, Message: fmt.Sprintf("%s lies in the daemon's state folder %s", where, s.env.StateDir), Remedy: "Give a folder outside it, on another disk as a rule."}
+}
+
+// realPath follows symbolic links as far as a path exists.
+func realPath(path string) string {
+	if real, err := filepath.EvalSymlinks(path); err == nil || path == filepath.Dir(path) {
+		return real
+	}
+	return filepath.Join(realPath(filepath.Dir(path)), filepath.Base(path))
 }
 
 func (s *service) Unprotect(ctx context.Context, name string, abandon bool) error {

@@ -93,11 +93,11 @@ func TestOrphan(t *testing.T) {
 	places := Places{States: []string{state}}
 	fixOf := func() *Fix {
 		t.Helper()
-		fixes, err := Fixes(places)
+		pins, err := Pins(places)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, f := range fixes {
+		for _, f := range Fixes(places, pins) {
 			if f.Subject == instance+"/g" {
 				return &f
 			}

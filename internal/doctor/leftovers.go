@@ -175,12 +175,8 @@ func comm(pid int) string {
 	return strings.TrimSpace(string(b))
 }
 
-// Fixes lists what can be done about what was left behind; nothing is done before Apply.
-func Fixes(p Places) ([]Fix, error) {
-	pins, err := Pins(p)
-	if err != nil {
-		return nil, err
-	}
+// Fixes lists what can be done about the pins that Pins found; nothing is done before Apply.
+func Fixes(p Places, pins []Pin) []Fix {
 	var out []Fix
 	for _, pin := range pins {
 		if !pin.Orphan {
@@ -191,7 +187,7 @@ func Fixes(p Places) ([]Fix, error) {
 				pin.Group, pin.Instance, strings.Join(pin.Disks, ", "), pin.Reason),
 			apply: func() error { return p.discard(pin) }})
 	}
-	return out, nil
+	return out
 }
 
 func (p Places) discard(pin Pin) error {

@@ -24,6 +24,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"tidemark/internal/block"
@@ -34,9 +35,10 @@ import (
 // Refusals that callers branch on. The error's text says more.
 var (
 	ErrNoFileSystem = errors.New("no file system that can be mounted was found")
-	ErrPartition    = errors.New("the disk has partitions, of which one must be chosen")
+	ErrPartition    = errors.New("which partition is meant cannot be told")
 	ErrSameFS       = errors.New("the same file system is present on this machine")
 	ErrDir          = errors.New("not a folder to mount on")
+	ErrTaken        = errors.New("the folder is taken")
 )
 
 // attachWait is how long the loop device may take. Opening the view and replaying
@@ -58,6 +60,8 @@ type Options struct {
 	Writable bool
 	// Type overrides what is detected, with a name that the kernel knows.
 	Type string
+	// Visible are folders that the tree must not hide: the vault that it is read from.
+	Visible []string
 	// Data is given to the file system as it is (as in `mount -o`).
 	Data string
 }
@@ -68,7 +72,7 @@ type Options struct {
 // used to look at what is there, and can be closed afterwards. On any error
 // nothing is left.
 func Mount(ctx context.Context, view block.Device, dir string, o Options) error {
-	at, err := mountpoint(dir)
+	at, err := mountpoint(dir, o.Visible)
 	if err != nil {
 		return err
 	}
@@ -104,17 +108,30 @@ func Mount(ctx context.Context, view block.Device, dir string, o Options) error 
 	return nil
 }
 
-func mountpoint(dir string) (string, error) {
+// mountpoint is where a tree may go: a folder on which nothing is mounted yet,
+// as its users would lose it, and which none of visible lies in.
+func mountpoint(dir string, visible []string) (string, error) {
 	at, err := filepath.Abs(dir)
-	if err != nil {
-		return "", err
+	if err == nil {
+		at, err = filepath.EvalSymlinks(at)
 	}
-	st, err := os.Stat(at)
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", ErrDir, err)
 	}
-	if !st.IsDir() {
-		return "", fmt.Errorf("%s: %w", dir, ErrDir)
+	if st, err := os.Stat(at); err != nil || !st.IsDir() {
+		return "", errors.Join(fmt.Errorf("%s: %w", dir, ErrDir), err)
+	}
+	for _, v := range visible {
+		real, err := filepath.EvalSymlinks(v)
+		if err != nil {
+			return "", err
+		}
+		if real == at || strings.HasPrefix(real, strings.TrimSuffix(at, "/")+"/") {
+			return "", fmt.Errorf("%s: %w: it would hide %s, which is read from; choose another folder", dir, ErrTaken, v)
+		}
+	}
+	if there, err := mountinfo.Mounted(at); err != nil || there {
+		return "", errors.Join(err, fmt.Errorf("%s: %w: something is mounted there; umount it first, or choose another folder", dir, ErrTaken))
 	}
 	return at, nil
 }

@@ -383,6 +383,7 @@ func killServer(t *testing.T, kind string, writable bool) {
 	path := crashImage(t, d, src, 1)
 	o := options(t, path)
 	o.Writable = writable
+	others := ofFUSE(t)
 	dir, err := mountAt(t, path, o)
 	if err != nil {
 		t.Fatal(err)
@@ -411,12 +412,23 @@ func killServer(t *testing.T, kind string, writable bool) {
 	}
 	testkit.Run(t, "rm", "-f", filepath.Join(o.Scratch, "scratch-*")) // the test's overlay has a name
 	eventually(t, "detached", func() bool {
-		all, err := loop.List()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return !slices.ContainsFunc(all, func(l loop.Info) bool { return l.Backing == "/" || l.Backing == "" })
+		return !slices.ContainsFunc(ofFUSE(t), func(path string) bool { return !slices.Contains(others, path) })
 	})
+}
+
+// ofFUSE are the loop devices that lie on FUSE files, whoever's.
+func ofFUSE(t *testing.T) (paths []string) {
+	t.Helper()
+	all, err := loop.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range all {
+		if l.Backing == "/" || l.Backing == "" {
+			paths = append(paths, l.Path)
+		}
+	}
+	return paths
 }
 
 func TestPartition(t *testing.T) {
@@ -476,6 +488,27 @@ func TestRefusals(t *testing.T) {
 		if err := Mount(t.Context(), view, dir, o); !errors.Is(err, ErrDir) {
 			t.Errorf("%s: %v", dir, err)
 		}
+	}
+	vault := filepath.Join(t.TempDir(), "vault")
+	if err := os.Mkdir(vault, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	link := vault + "-link"
+	if err := os.Symlink(vault, link); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{"/proc", vault, link, filepath.Dir(vault), "/"} {
+		o.Visible = []string{link}
+		if err := Mount(t.Context(), view, dir, o); !errors.Is(err, ErrTaken) {
+			t.Errorf("%s: %v", dir, err)
+		}
+	}
+	o.Visible = []string{vault + "-not"} // a neighbour whose name begins alike
+	if err := os.Mkdir(vault+"-not", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := mountpoint(vault, o.Visible); err != nil {
+		t.Error(err)
 	}
 	o.Spec = json.RawMessage(`"hang"`)
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)

@@ -195,7 +195,9 @@ func TestRefusals(t *testing.T) {
 	defer h.Close()
 	vault, dir := t.TempDir(), t.TempDir()
 	link, written := filepath.Join(dir, "link"), filepath.Join(dir, "written")
-	if err := errors.Join(os.Symlink(vault, link), os.WriteFile(written, []byte("precious"), 0o600)); err != nil {
+	object, toObject, toNowhere := filepath.Join(vault, "object"), filepath.Join(dir, "to-object"), filepath.Join(dir, "to-nowhere")
+	if err := errors.Join(os.Symlink(vault, link), os.WriteFile(written, []byte("precious"), 0o600), os.WriteFile(object, []byte("precious"), 0o600),
+		os.Symlink(object, toObject), os.Symlink(dir+"/none", toNowhere)); err != nil {
 		t.Fatal(err)
 	}
 	group := func(string) (string, bool) { return "g", true }
@@ -217,6 +219,8 @@ func TestRefusals(t *testing.T) {
 		{"in the vault", filepath.Join(vault, "image"), Options{Vault: vault}, ErrVault, true},
 		{"in the vault by a link", filepath.Join(link, "image"), Options{Vault: vault}, ErrVault, true},
 		{"in the vault that is a link", filepath.Join(vault, "image"), Options{Vault: link}, ErrVault, true},
+		{"a link to an object of the vault", toObject, Options{Vault: vault}, ErrVault, true},
+		{"a link that leads nowhere", toNowhere, Options{}, ErrKind, true},
 		{"file with content", written, Options{}, ErrNotEmpty, false},
 		{"no such folder", filepath.Join(dir, "no/such"), Options{}, os.ErrNotExist, true},
 	} {
@@ -233,10 +237,12 @@ func TestRefusals(t *testing.T) {
 			}
 		}
 	}
-	onlyFile(t, dir, "link", "written") // nothing was left behind
-	onlyFile(t, vault)
-	if b, _ := os.ReadFile(written); string(b) != "precious" {
-		t.Error("a refused restore changed its target")
+	onlyFile(t, dir, "link", "to-nowhere", "to-object", "written") // nothing was left behind
+	onlyFile(t, vault, "object")
+	for _, path := range []string{written, object} {
+		if b, _ := os.ReadFile(path); string(b) != "precious" {
+			t.Errorf("a refused restore changed %s", path)
+		}
 	}
 	same(t, tail.Path, append(make([]byte, 8<<20-1), 1))
 }

@@ -134,6 +134,13 @@ func (t *target) checkFile(view block.Device, st os.FileInfo, o Options) error {
 	if err != nil {
 		return fmt.Errorf("%s: its folder: %w", t.path, err)
 	}
+	if st != nil { // it may itself be a link to somewhere else
+		real, err := filepath.EvalSymlinks(t.path)
+		if err != nil {
+			return err
+		}
+		dir = filepath.Dir(real)
+	}
 	if o.Vault != "" && inside(dir, o.Vault) {
 		return fmt.Errorf("%s: %w: choose a place outside %s", t.path, ErrVault, o.Vault)
 	}
@@ -194,8 +201,11 @@ func (t *target) checkRoom(dir string, view block.Device, skip bool) error {
 func (t *target) begin(size int64) error {
 	if t.file == nil {
 		f, err := os.OpenFile(t.path, os.O_RDWR|os.O_CREATE|unix.O_EXCL|unix.O_CLOEXEC, 0o600)
+		if errors.Is(err, os.ErrExist) {
+			return fmt.Errorf("%s: %w: it is a symbolic link that leads nowhere, or was made just now by another program; name the file itself", t.path, ErrKind)
+		}
 		if err != nil {
-			return err
+			return fmt.Errorf("making the target: %w; choose a place that can be written to", err)
 		}
 		t.file, t.created = f, true
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {

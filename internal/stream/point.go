@@ -32,6 +32,9 @@ func ParseSpec(s string) (Spec, error) {
 		return Spec{Position: Position(p)}, nil
 	}
 	if t, err := time.Parse(time.RFC3339Nano, s); err == nil {
+		if t.Unix() <= 0 {
+			return Spec{}, fmt.Errorf("%q: want a time after 1970: %w", s, ErrBadPoint)
+		}
 		return Spec{Time: t}, nil
 	}
 	if err := CheckBookmarkName(s); err != nil {

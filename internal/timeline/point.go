@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sort"
 	"time"
 
@@ -91,7 +92,7 @@ func (h *History) locate(ctx context.Context, s stream.Spec) (Point, error) {
 
 // byTime is the newest position that is not younger.
 func (h *History) byTime(ctx context.Context, s stream.Spec) (stream.Position, error) {
-	t := s.Time.UnixNano()
+	t := nanoseconds(s.Time)
 	if h.damage != nil && t >= h.time {
 		return 0, h.damage // what is damaged may be older than t too
 	}
@@ -114,6 +115,20 @@ func (h *History) byTime(ctx context.Context, s stream.Spec) (stream.Position, e
 		}
 	})
 	return p, err
+}
+
+// nanoseconds since 1970. Times that these cannot tell, before 1678 and after
+// 2262, become the first and the last that they can: they are older or younger
+// than everything.
+func nanoseconds(t time.Time) int64 {
+	first, last := time.Unix(0, math.MinInt64), time.Unix(0, math.MaxInt64)
+	switch {
+	case t.Before(first):
+		return math.MinInt64
+	case t.After(last):
+		return math.MaxInt64
+	}
+	return t.UnixNano()
 }
 
 // at gives the point at a position, inside a stretch or not.

@@ -199,6 +199,15 @@ func checkTimes(t *testing.T, w *written, h *History) {
 			last[r.Time] = r.Position
 		}
 	}
+	for at, newest := range map[string]error{"1700-01-01T00:00:00Z": ErrNoPoint, "0001-01-01T00:00:01Z": ErrNoPoint, "2262-04-12T00:00:00Z": nil, "9999-12-31T23:59:59Z": nil} {
+		when, err := time.Parse(time.RFC3339, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p, err := h.ResolveFuzzy(stream.Spec{Time: when}); !errors.Is(err, newest) || newest == nil && p.Position != h.newest {
+			t.Fatalf("%s gives position %d of %d: %v, want %v", at, p.Position, h.newest, err, newest)
+		}
+	}
 	for at, want := range last {
 		if p, err := h.ResolveFuzzy(stream.Spec{Time: time.Unix(0, at)}); err != nil || p.Position != want {
 			t.Fatalf("time %d itself gives position %d, want %d: %v", at, p.Position, want, err)

@@ -117,8 +117,9 @@ func createFolder(ctx context.Context, fsys vfs.FS, dir string) (*Vault, error) 
 	if !errors.Is(err, ErrNotVault) {
 		return v.settled(err)
 	}
-	if err := makeRoot(fsys, dir); err != nil {
-		return nil, unreachable(err)
+	var made []string
+	if err := makeRoot(fsys, dir, &made); err != nil {
+		return nil, errors.Join(unreachable(err), unmake(fsys, made))
 	}
 	entries, err := fsys.ReadDir(dir)
 	if err != nil {
@@ -132,9 +133,22 @@ func createFolder(ctx context.Context, fsys vfs.FS, dir string) (*Vault, error) 
 	failed := writeMarker(ctx, blob.NewBucket(newFolder(fsys, dir)))
 	v, err = openFolder(ctx, fsys, dir) // another process may have made it
 	if failed != nil && err != nil {
-		return nil, failed
+		return nil, errors.Join(failed, unmake(fsys, made))
 	}
 	return v.settled(err)
+}
+
+// unmake removes the folders that were made for a vault that did not come to
+// be, but for those in which somebody has put something meanwhile.
+func unmake(fsys vfs.FS, made []string) error {
+	for i := len(made) - 1; i >= 0; i-- {
+		if err := fsys.Remove(made[i]); errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // settled makes the marker stable: whoever wrote it may have been killed before it was.
@@ -171,8 +185,8 @@ func occupied(where, what string) error {
 	return fmt.Errorf("%s holds %s and is %w: give an absent or empty folder", where, what, ErrNotVault)
 }
 
-// makeRoot makes the vault's folder and its parents, stable.
-func makeRoot(fsys vfs.FS, dir string) error {
+// makeRoot makes the vault's folder and its parents, stable, and says which it made.
+func makeRoot(fsys vfs.FS, dir string, made *[]string) error {
 	switch st, err := fsys.Stat(dir); {
 	case err == nil && !st.IsDir():
 		return fmt.Errorf("%s is a file and %w: give a folder", dir, ErrNotVault)
@@ -180,12 +194,15 @@ func makeRoot(fsys vfs.FS, dir string) error {
 	case !errors.Is(err, fs.ErrNotExist):
 		return err
 	default:
-		if err := makeRoot(fsys, filepath.Dir(dir)); err != nil {
+		if err := makeRoot(fsys, filepath.Dir(dir), made); err != nil {
 			return err
 		}
-		if err := fsys.MkdirAll(dir, 0o700); err != nil {
+		if err := fsys.MkdirAll(dir, 0o700); errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("%s is a link that leads nowhere and %w: give a folder", dir, ErrNotVault)
+		} else if err != nil {
 			return err
 		}
+		*made = append(*made, dir)
 	}
 	if filepath.Dir(dir) == dir {
 		return nil

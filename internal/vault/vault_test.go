@@ -5,14 +5,18 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"tidemark/internal/segment"
 	"tidemark/internal/stream"
+	"tidemark/internal/vfs"
 )
 
 // sealed gives the bytes of a segment with one bookmark, behind another.
@@ -82,6 +86,38 @@ func TestWhatIsAVault(t *testing.T) {
 	}
 	if _, err := Open(t.Context(), v.Dir()); !errors.Is(err, segment.ErrDamaged) {
 		t.Errorf("a damaged marker: %v", err)
+	}
+}
+
+// noRoom is a file system on which folders can still be made, and no files.
+type noRoom struct{ vfs.FS }
+
+func (noRoom) OpenFile(name string, _ int, _ fs.FileMode) (vfs.File, error) {
+	return nil, &fs.PathError{Op: "open", Path: name, Err: unix.ENOSPC}
+}
+
+// TestNothingStaysOfAVaultThatCouldNotBe: not the folders that were made for it, and all others.
+func TestNothingStaysOfAVaultThatCouldNotBe(t *testing.T) {
+	dir := t.TempDir()
+	empty := filepath.Join(dir, "empty")
+	if err := os.Mkdir(empty, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, where := range []string{filepath.Join(dir, "a/b/c"), empty} {
+		if _, err := createFolder(t.Context(), noRoom{vfs.OS{}}, where); !errors.Is(err, ErrUnreachable) || !errors.Is(err, unix.ENOSPC) {
+			t.Errorf("%s: %v", where, err)
+		}
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) != 1 || left[0].Name() != "empty" {
+		t.Errorf("left behind: %v %v", left, err)
+	}
+	nowhere := filepath.Join(dir, "nowhere")
+	if err := os.Symlink(filepath.Join(dir, "none"), nowhere); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Create(t.Context(), nowhere); !errors.Is(err, ErrNotVault) || !strings.Contains(err.Error(), nowhere) {
+		t.Errorf("a link that leads nowhere: %v", err)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -20,8 +21,9 @@ var ErrURI = errors.New("not an NBD URI to serve at")
 var ErrSocketInUse = errors.New("the socket is in use")
 
 const (
-	defaultPort = "10809"
-	forms       = "want nbd://127.0.0.1:PORT/NAME, nbd+unix:///NAME?socket=PATH, nbds://HOST:PORT/NAME?tls-certificates=DIR or nbds+unix:///NAME?socket=PATH&tls-certificates=DIR"
+	defaultPort   = "10809"
+	socketPathMax = len(syscall.RawSockaddrUnix{}.Path) - 1 // the name ends with a zero byte
+	forms         = "want nbd://127.0.0.1:PORT/NAME, nbd+unix:///NAME?socket=PATH, nbds://HOST:PORT/NAME?tls-certificates=DIR or nbds+unix:///NAME?socket=PATH&tls-certificates=DIR"
 )
 
 // Listener is a place to serve at.
@@ -94,6 +96,9 @@ func listenTCP(u *url.URL, secure bool) (net.Listener, error) {
 	if !secure && host != "localhost" && (ip == nil || !ip.IsLoopback()) {
 		return nil, fmt.Errorf("%q: %w: without TLS only loopback addresses and unix sockets are served; use nbds:// with certificates, or reach it from elsewhere through ssh -L", u, ErrURI)
 	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return nil, fmt.Errorf("%q: %w: port %s: want 0 (any that is free) to 65535", u, ErrURI, port)
+	}
 	l, err := net.Listen("tcp", net.JoinHostPort(host, port))
 	if errors.Is(err, syscall.EADDRINUSE) {
 		err = fmt.Errorf("%w: %w", ErrSocketInUse, err)
@@ -117,6 +122,9 @@ func listenUnix(u *url.URL) (net.Listener, error) {
 		if err := os.Remove(path); err != nil {
 			return nil, err
 		}
+	}
+	if len(path) > socketPathMax {
+		return nil, fmt.Errorf("%q: %w: the socket's path has %d bytes, and the kernel takes %d", u, ErrURI, len(path), socketPathMax)
 	}
 	old := syscall.Umask(0o177)
 	defer syscall.Umask(old)
