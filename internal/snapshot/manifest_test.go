@@ -2,10 +2,12 @@ package snapshot
 
 import (
 	"errors"
+	"flag"
 	"os"
 	"path/filepath"
 	"reflect"
 	"testing"
+	"time"
 
 	"tidemark/internal/block"
 	"tidemark/internal/diff"
@@ -58,6 +60,36 @@ func TestDamagedManifest(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestGoldenManifest pins the format of docs/formats/difference.md.
+func TestGoldenManifest(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "manifest")
+	full := example()
+	full.TakenAt, full.Frozen, full.Lost = time.Unix(1e9, 0).UTC(), true, "why"
+	full.Devices[0].Generation, full.Devices[0].Number = "0102", 3
+	full.Sources = append(full.Sources, manifestSource{Path: "/dev/disk/by-id/x", Disk: "/dev/sdx", Size: 4096, Extents: []block.Range{{Len: 4096}}})
+	if err := save(name, full); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if *update {
+		if err := errors.Join(os.MkdirAll("testdata", 0o755), os.WriteFile("testdata/manifest.v1", got, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile("testdata/manifest.v1")
+	if err != nil || string(got) != string(want) {
+		t.Errorf("the format changed: %s, %v", got, err)
+	}
+	if m, err := decode(want); err != nil || !reflect.DeepEqual(&m, full) {
+		t.Errorf("%+v, %v", m, err)
+	}
+}
+
+var update = flag.Bool("update", false, "write the golden file anew")
 
 // FuzzManifest: whatever stands there with a right checksum is refused or can be used.
 func FuzzManifest(f *testing.F) {
