@@ -248,11 +248,17 @@ func (d *File) Close() error {
 	return d.f.Close()
 }
 
-// Remove gives the room back: a file that was made is removed, another emptied.
+// Remove gives the room back: a file that was made is removed, another emptied. One
+// that is not there any more, or another one in its place, is left alone.
 func (d *File) Remove() error {
 	var err error
 	if d.dev != nil {
 		err = immutable(d.f, false)
+	}
+	mine, failed := d.f.Stat()
+	there, absent := os.Stat(d.f.Name())
+	if failed == nil && (errors.Is(absent, fs.ErrNotExist) || absent == nil && !os.SameFile(mine, there)) {
+		return errors.Join(err, d.f.Close())
 	}
 	if d.made {
 		return errors.Join(err, os.Remove(d.f.Name()), d.f.Close())

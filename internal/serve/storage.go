@@ -10,6 +10,7 @@ import (
 
 	"tidemark/internal/backing"
 	"tidemark/internal/block"
+	"tidemark/internal/disk"
 	"tidemark/internal/snapshot"
 )
 
@@ -34,6 +35,9 @@ func (s *Server) locate(path string) (snapshot.Place, error) {
 	if err != nil {
 		return snapshot.Place{}, fmt.Errorf("difference storage %s: %w", path, err)
 	}
+	if name := s.deepUnder(path); file && below == nil && name != "" {
+		return snapshot.Place{}, fmt.Errorf("difference storage %s: it lies on the served device %s, not directly or on a file system whose files move (ext4 and xfs do not): put it on another device: %w", path, name, ErrRefused)
+	}
 	if below != nil && file { // it is open, and nobody writes it through its file system
 		if dir, err := filepath.EvalSymlinks(filepath.Dir(path)); err == nil {
 			s.mu.Lock()
@@ -45,6 +49,28 @@ func (s *Server) locate(path string) (snapshot.Place, error) {
 		return snapshot.Place{Device: below, File: file, Served: !file}, nil
 	}
 	return s.storageDisk(path)
+}
+
+// deepUnder is the served device or image that holds a file in a way that its
+// device number does not tell - btrfs, a loop device over a file -, "" for none.
+func (s *Server) deepUnder(path string) string {
+	nodes := map[string]string{}
+	for _, d := range s.list() {
+		if now := d.now(); now.served != nil && now.served.kernel() != "" {
+			nodes[now.spec.Name] = s.kernelOf(now)
+		}
+	}
+	s.mu.Lock()
+	for name, m := range s.images {
+		nodes[name] = m.served.kernel()
+	}
+	s.mu.Unlock()
+	for name, node := range nodes {
+		if i, err := disk.Glance(node); node != "" && err == nil && disk.Holds(i, path) {
+			return name
+		}
+	}
+	return ""
 }
 
 // imageWith is the image that a device number belongs to, or lies on, "" for none.
