@@ -20,8 +20,8 @@ import (
 	"tidemark/internal/testkit/program"
 )
 
-// served is a daemon whose devices and snapshots are gone when the test ends.
-func served(t *testing.T) *program.Daemon {
+// daemonWithSnapshots is one whose devices and snapshots are gone when the test ends.
+func daemonWithSnapshots(t *testing.T) *program.Daemon {
 	testkit.Need(t, "root", "loop", "fuse")
 	d := program.New(t, "--nodes", filepath.Join(t.TempDir(), "nodes"))
 	t.Cleanup(func() {
@@ -161,7 +161,7 @@ func TestSnapshotSectors(t *testing.T) {
 	eachSeed(t, func(t *testing.T, rng *rand.Rand) {
 		const size = 2*mib + 512*9
 		chunk := int64(4096 << rng.IntN(5))
-		d := served(t)
+		d := daemonWithSnapshots(t)
 		var devices []*raw
 		for i := range 2 {
 			r := &raw{disk: i, size: size, seqs: make([]uint64, size/512)}
@@ -261,7 +261,7 @@ func TestSnapshotFileSystems(t *testing.T) {
 }
 
 func snapshotFileSystem(t *testing.T, kind string, size int64) {
-	d := served(t)
+	d := daemonWithSnapshots(t)
 	node := device(d, "data", backingFile(t, d, "backing", size))
 	var options []string
 	if kind == "ext4" {
@@ -363,7 +363,7 @@ func fsck(t *testing.T, kind, path string) {
 // device and an image of such; what is discarded or zeroed on the device the image keeps.
 func TestSnapshotLargeBlocks(t *testing.T) {
 	disk := testkit.NewDiskOf(t, 8*mib, 4096)
-	d := served(t)
+	d := daemonWithSnapshots(t)
 	node := device(d, "data", disk.Path)
 	r := &raw{node: node, size: 8 * mib, seqs: make([]uint64, 8*mib/512)}
 	r.write(t, 1, [2]int64{0, r.size})
