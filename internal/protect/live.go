@@ -3,8 +3,12 @@ package protect
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	"tidemark/internal/block"
@@ -12,8 +16,25 @@ import (
 	"tidemark/internal/timeline"
 )
 
-// liveRounds bounds how often what differed is looked at again.
+// liveRounds bounds how often what differed is looked at again at once.
 const liveRounds = 20
+
+// VerifyLive takes a difference for one when it has lasted for holdStill: a write
+// is captured before the disk has it, and waits its turn on a busy one; a page
+// that changed on its way to the disk is written again, by the kernel's own
+// time-table (vm.dirty_expire_centisecs and dirty_writeback_centisecs).
+func holdStill() time.Duration {
+	wait := 10 * time.Second
+	for _, name := range []string{"dirty_expire_centisecs", "dirty_writeback_centisecs"} {
+		b, err := os.ReadFile("/proc/sys/vm/" + name)
+		n, failed := strconv.Atoi(strings.TrimSpace(string(b)))
+		if err != nil || failed != nil {
+			return time.Minute
+		}
+		wait += time.Duration(n) * 10 * time.Millisecond
+	}
+	return min(wait, 5*time.Minute)
+}
 
 // LiveDisk is the result of comparing one disk with the vault; sizes are bytes.
 type LiveDisk struct {
@@ -27,7 +48,7 @@ type LiveDisk struct {
 
 // VerifyLive compares the vault with the disks themselves. What differs is
 // looked at again with what was written meanwhile; a range that nobody wrote to
-// between two looks, and that differs in both, is different.
+// between two looks, holdStill apart, and that differs in both, is different.
 func (g *Group) VerifyLive(ctx context.Context) ([]LiveDisk, error) {
 	s := g.current()
 	if s == nil {
@@ -45,48 +66,91 @@ func (g *Group) VerifyLive(ctx context.Context) ([]LiveDisk, error) {
 }
 
 func (s *session) compareDisk(ctx context.Context, i int) (LiveDisk, error) {
-	cfg := s.cfg.Disks[i]
-	out := LiveDisk{Disk: cfg.Name, FirstDifferent: -1, Settled: true}
 	f, err := openDirect(s.disks[i].Path)
 	if err != nil {
-		return out, err
+		return LiveDisk{}, err
 	}
 	defer f.Close()
-	todo := []block.Range{{Len: cfg.Size}}
-	var before *timeline.View
+	c := comparison{disk: f, view: func() (pointView, error) { return s.durableView(ctx, i) }, wait: func() error {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-s.over:
+			return ErrOffline
+		case <-time.After(holdStill()):
+			return nil
+		}
+	}}
+	out, err := c.run(ctx, s.cfg.Disks[i].Size)
+	out.Disk = s.cfg.Disks[i].Name
+	return out, err
+}
+
+// pointView is a timeline.View.
+type pointView interface {
+	io.ReaderAt
+	Extents(block.Range) ([]block.Extent, error)
+	Position() stream.Position
+	Close() error
+}
+
+// comparison is one disk against views of it, newer and newer.
+type comparison struct {
+	disk io.ReaderAt
+	view func() (pointView, error)
+	wait func() error // until what was on its way to the disk is there
+}
+
+// run looks at everything, then at once and again at what differs while that
+// becomes less for having been written to, and a last time after the wait.
+func (c *comparison) run(ctx context.Context, size int64) (out LiveDisk, err error) {
+	out = LiveDisk{FirstDifferent: -1, Settled: true}
+	todo := []block.Range{{Len: size}}
+	var before pointView
 	defer func() {
 		if before != nil {
-			before.Close()
+			err = errors.Join(err, before.Close())
 		}
 	}()
-	for round := 0; len(todo) > 0; round++ {
-		view, err := s.durableView(ctx, i)
+	for round, last := 0, false; len(todo) > 0; round++ {
+		view, err := c.view()
 		if err != nil {
 			return out, err
 		}
 		out.Position = view.Position()
-		differ, n, err := differing(ctx, f, view, before, todo)
+		differ, n, err := differing(ctx, c.disk, view, before, todo)
 		out.Compared += n
 		if before != nil {
-			before.Close()
+			err = errors.Join(err, before.Close())
 		}
 		before = view
 		if err != nil {
 			return out, err
 		}
-		for _, d := range differ.certain {
-			out.Different += d.Len
-			if out.FirstDifferent < 0 || d.Off < out.FirstDifferent {
-				out.FirstDifferent = d.Off
-			}
-		}
-		todo = differ.again
-		if round == liveRounds && len(todo) > 0 {
-			out.Settled = false
+		if last {
+			out.count(differ.unwritten)
+			out.Settled = len(differ.written) == 0
 			return out, nil
+		}
+		todo = append(differ.written, differ.unwritten...)
+		if len(todo) > 0 && (len(differ.written) == 0 || round == liveRounds) {
+			last = true
+			if err := c.wait(); err != nil {
+				return out, err
+			}
 		}
 	}
 	return out, nil
+}
+
+// count adds what is different for certain.
+func (d *LiveDisk) count(ranges []block.Range) {
+	for _, r := range ranges {
+		d.Different += r.Len
+		if d.FirstDifferent < 0 || r.Off < d.FirstDifferent {
+			d.FirstDifferent = r.Off
+		}
+	}
 }
 
 // durableView waits until the vault holds all that is captured now, and opens it.
@@ -127,13 +191,14 @@ func (s *session) durableView(ctx context.Context, i int) (*timeline.View, error
 	return h.View(ctx, i, p.Position)
 }
 
+// difference are ranges that differ: written to since the look before, or not.
+// At the first look all of them pass for written.
 type difference struct {
-	certain, again []block.Range
+	written, unwritten []block.Range
 }
 
-// differing compares ranges of a disk with a view. What differs is certain
-// where an earlier view says that nobody wrote to it since the last look.
-func differing(ctx context.Context, f *os.File, view, before *timeline.View, todo []block.Range) (d difference, n int64, err error) {
+// differing compares ranges of a disk with a view; before is that of the look before, or nil.
+func differing(ctx context.Context, f io.ReaderAt, view, before pointView, todo []block.Range) (d difference, n int64, err error) {
 	disk, stored, old := aligned(jobBytes), make([]byte, jobBytes), make([]byte, jobBytes)
 	for _, r := range todo {
 		for off := r.Off; off < r.End(); {
@@ -186,9 +251,9 @@ func (d *difference) sort(r block.Range, base int64, disk, stored, old []byte, c
 		}
 		piece := block.Range{Off: off, Len: to - from}
 		if compared && bytes.Equal(stored[from:to], old[from:to]) {
-			d.certain = append(d.certain, piece)
+			d.unwritten = append(d.unwritten, piece)
 			continue
 		}
-		d.again = append(d.again, piece)
+		d.written = append(d.written, piece)
 	}
 }
