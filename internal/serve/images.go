@@ -141,6 +141,7 @@ func (s *Server) bringBackImages(ctx context.Context) {
 			}
 		}
 	}
+	s.watching.Go(func() { s.watchLate(s.watch0) }) // from here on: everything is open
 }
 
 func (s *Server) endImage(ctx context.Context, name string) error {

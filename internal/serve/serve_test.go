@@ -16,6 +16,7 @@ import (
 
 	"tidemark/internal/freeze"
 	fuseloop "tidemark/internal/front/loop"
+	"tidemark/internal/snapshot"
 	"tidemark/internal/testkit"
 )
 
@@ -345,6 +346,61 @@ func TestLookedAt(t *testing.T) {
 			s.List()
 			s.InUse()
 			_, _ = s.Changes("data") // which may be gone
+		}
+	}
+}
+
+// TestBackingComesLate: a device whose backing is not there yet comes back when it
+// is, unless a snapshot is of it, which waits for the next start.
+func TestBackingComesLate(t *testing.T) {
+	for _, held := range []bool{false, true} {
+		env := newEnv(t)
+		s := open(t, env)
+		image := imageFile(t, mib)
+		create(t, s, Spec{Name: "late", Backing: image, Front: FrontNBDServer})
+		var id snapshot.ID
+		if held {
+			_, id = snapshotOf(t, s, snapshot.Request{Devices: []string{"late"}, Storage: []snapshot.Storage{{Path: filepath.Join(t.TempDir(), "diff"), Limit: 4 * mib}}})
+			if err := s.TakeSnapshot(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		away := image + ".away"
+		if err := errors.Join(s.Stop(t.Context()), os.Rename(image, away)); err != nil {
+			t.Fatal(err)
+		}
+		s = open(t, env)
+		if i := s.List()[0]; i.Node != "" || len(i.Conditions) == 0 {
+			t.Fatalf("without its backing: %+v", i)
+		}
+		if err := os.Rename(away, image); err != nil {
+			t.Fatal(err)
+		}
+		if held {
+			s.changes.Lock()
+			s.late(t.Context())
+			s.changes.Unlock()
+			if i := s.List()[0]; i.Node != "" {
+				t.Errorf("it came back past its snapshot: %+v", i)
+			}
+			if err := s.Stop(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			s = open(t, env)
+			if images, err := s.set.Images(id); err != nil || len(images) != 1 {
+				t.Errorf("the snapshot did not go on: %v", err)
+			}
+			if err := s.DestroySnapshot(t.Context(), id); err != nil {
+				t.Error(err)
+			}
+			continue
+		}
+		deadline := time.Now().Add(time.Minute)
+		for s.List()[0].Node == "" && time.Now().Before(deadline) {
+			time.Sleep(10 * time.Millisecond)
+		}
+		if i := s.List()[0]; i.Node == "" || len(i.Conditions) > 0 {
+			t.Errorf("it did not come back: %+v", i)
 		}
 	}
 }

@@ -231,6 +231,15 @@ func TestSnapshotSectors(t *testing.T) {
 			check(all[2])
 		}
 		d.Run("snapshot", "destroy", full)
+		before := d.Run("points", "--vault", d.Vault, "both", "--json")
+		cutOff := d.Background("snapshot", "copy", all[2].id, "--vault", d.Vault, "--name", "both")
+		time.Sleep(time.Duration(rng.IntN(200)) * time.Millisecond) // anywhere in it
+		d.Restart()
+		_ = cutOff.Wait() // it lost its daemon, or was done
+		d.Run("verify", "--vault", d.Vault)
+		if after := d.Run("points", "--vault", d.Vault, "both", "--json"); after != before && !strings.Contains(after, all[2].id) {
+			t.Errorf("a copy that was cut off: the points are %s, were %s", after, before)
+		}
 		d.Run("snapshot", "copy", all[2].id, "--vault", d.Vault, "--name", "both")
 		for i, r := range devices {
 			r.holds(t, r.node, r.seqs, "the device")

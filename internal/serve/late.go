@@ -1,0 +1,60 @@
+package serve
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"tidemark/internal/health"
+	"tidemark/internal/snapshot"
+)
+
+// lateEvery is how often offline devices are looked at again.
+const lateEvery = time.Second
+
+// watchLate brings back devices whose backing comes later than the daemon.
+func (s *Server) watchLate(ctx context.Context) {
+	tick := time.NewTicker(lateEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if slices.ContainsFunc(s.list(), func(d *Device) bool { return d.now().served == nil }) && s.changes.TryLock() {
+			s.late(ctx)
+			s.changes.Unlock()
+		}
+	}
+}
+
+// late tries each offline device once. Those that a snapshot is of wait for the
+// next start of the daemon: their images have to begin before the first request.
+// So do those under a volume.
+func (s *Server) late(ctx context.Context) {
+	held := s.set.List()
+	for _, d := range s.list() {
+		if d.served != nil || d.spec.Splice != nil || slices.ContainsFunc(held, func(i snapshot.Info) bool {
+			return slices.ContainsFunc(i.Devices, func(x snapshot.DeviceInfo) bool { return x.Name == d.spec.Name })
+		}) {
+			continue
+		}
+		r, err := s.load(d.spec.Name)
+		if err != nil || !r.Made {
+			continue
+		}
+		d.set(func() { d.spec = r.Spec })
+		if s.lay(d) != nil {
+			continue // what is wrong is told already
+		}
+		if err := s.bringBack(ctx, d, r); err != nil {
+			if !slices.ContainsFunc(d.health.List(), func(c health.Condition) bool { return c.Detail == err.Error() }) { // not each second
+				s.offline(d, err)
+			}
+			continue
+		}
+		d.health.Clear("device-offline", d.spec.Name)
+		s.env.Log.Info("a served device is back", "device", d.spec.Name)
+	}
+}
