@@ -208,7 +208,10 @@ func (c *Config) join(ctx context.Context, v *vault.Vault) (bool, error) {
 	}
 	for i := range old {
 		if old[i].Size != c.Disks[i].Size || !sameIdentity(old[i].Identity, c.Disks[i].Identity) {
-			return false, fmt.Errorf("group %s: disk %s was %s with %d bytes: choose another --name: %w", c.Name, old[i].Name, old[i].Identity, old[i].Size, ErrOtherDisks)
+			var was disk.Identity
+			_ = json.Unmarshal([]byte(old[i].Identity), &was) // one that cannot be read is another
+			return false, fmt.Errorf("group %s: disk %s was %s with %d bytes, and %s is %s with %d: %w", c.Name, old[i].Name, was, old[i].Size,
+				c.Disks[i].Path, c.Disks[i].Identity, c.Disks[i].Size, ErrOtherDisks)
 		}
 		c.Disks[i].Name, c.Disks[i].BlockSize = old[i].Name, old[i].BlockSize
 	}
