@@ -6,7 +6,7 @@ export PATH=$PATH:/sbin:/usr/sbin
 declare -A want=(
 	[mkfs.ext4]=e2fsprogs [mkfs.xfs]=xfsprogs [mkfs.btrfs]=btrfs-progs [fio]=fio [sqlite3]=sqlite3 [qemu-img]=qemu-utils
 	[qemu-system-x86_64]=qemu-system-x86 [nbdinfo]=libnbd-bin [nbdkit]=nbdkit [modprobe]=kmod [fusermount3]=fuse3
-	[dmsetup]=dmsetup [mdadm]=mdadm [losetup]=mount [sfdisk]=fdisk [xz]=xz-utils
+	[dmsetup]=dmsetup [lvm]=lvm2 [mdadm]=mdadm [losetup]=mount [sfdisk]=fdisk [xz]=xz-utils
 )
 static_busybox() { ldd "$(command -v busybox || echo /nowhere)" 2>&1 | grep -q 'not a dynamic'; }
 missing() {

@@ -37,7 +37,7 @@ not end the capture: that goes on in the kernel, and the next daemon takes over.
 			signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
 			defer signal.Stop(stop)
 			return daemon.Run(context.WithoutCancel(cmd.Context()), daemon.Config{StateDir: state, Socket: *socketFlagOf(cmd), Version: version, Log: log,
-				DeviceHelper: []string{self, "device-helper"}, Nodes: nodes, Stop: stop, Force: force})
+				DeviceHelper: []string{self, "device-helper"}, SpliceGuard: []string{"/proc/self/exe"}, Nodes: nodes, Stop: stop, Force: force})
 		},
 	}
 	socketFlag(cmd)

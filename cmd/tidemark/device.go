@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/spf13/cobra"
@@ -214,6 +215,7 @@ func newDeviceFilters() *cobra.Command {
 func newDeviceSplice() *cobra.Command {
 	var req api.SpliceRequest
 	var asJSON bool
+	var giveBack time.Duration
 	cmd := &cobra.Command{
 		Use:   "splice DM-DEVICE",
 		Short: "Put a served device under an LVM volume that is in use",
@@ -221,9 +223,13 @@ func newDeviceSplice() *cobra.Command {
 example, through a served device: its table is swapped while it is in use, and
 its users see a pause and no error. The volume keeps its name.
 
-While the daemon is not there, requests of the volume wait for it.`,
-		Example: "  tidemark device splice /dev/vg/data\n  tidemark device unsplice vg-data",
+While the daemon is not there, requests of the volume wait for it. After --give-back
+a small process that guards the volume gives it its own table back, and what is written
+from then on is not seen; the next daemon says so (splice-given-back).`,
+		Example: "  tidemark device splice /dev/vg/data\n  tidemark device splice /dev/vg/data --give-back 10m\n  tidemark device unsplice vg-data",
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			seconds := giveBack.Seconds()
+			req.GiveBackSeconds = &seconds
 			if req.Device, err = filepath.Abs(args[0]); err != nil {
 				return err
 			}
@@ -242,6 +248,7 @@ While the daemon is not there, requests of the volume wait for it.`,
 	f := cmd.Flags()
 	f.StringVar(&req.Name, "name", "", "name of the served device (default: the volume's)")
 	f.StringVar(&req.Front, "front", "auto", "how it is shown: auto, ublk or nbd")
+	f.DurationVar(&giveBack, "give-back", time.Minute, "give the volume its own table back after so long without a daemon; 0: never")
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
 }

@@ -33,7 +33,8 @@ func newDoctor() *cobra.Command {
 		Short: "Say what this machine can do for a disk, and why not the rest",
 		Long: `Tries out what Tidemark needs and says for each way of protecting a disk whether it
 can be had here, why not, and what to do about it. Also finds taps that nobody
-owns any more; --fix removes them.`,
+owns any more, which --fix removes, and volumes left spliced with neither a daemon nor
+a guard, to which --fix gives their own tables back.`,
 		Example: "  tidemark doctor /dev/sdb\n  tidemark doctor --fix",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			d, err := diagnose(cmd.Context(), args, places)
@@ -89,9 +90,10 @@ func diagnose(ctx context.Context, args []string, places doctor.Places) (d diagn
 	if d.Locks, err = doctor.Locks(places); err != nil {
 		return d, err
 	}
-	d.Fixes = doctor.Fixes(places, d.Pins)
+	splices, err := doctor.SpliceFixes()
+	d.Fixes = append(doctor.Fixes(places, d.Pins), splices...)
 	d.Pins, d.Locks, d.Fixes = list(d.Pins), list(d.Locks), list(d.Fixes)
-	return d, nil
+	return d, err
 }
 
 // list makes an empty list of none: in JSON it is one too.

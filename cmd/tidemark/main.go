@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"tidemark/internal/freeze"
+	"tidemark/internal/serve"
 )
 
 // version is set at link time.
@@ -25,6 +26,9 @@ var version = "devel"
 func main() {
 	if freeze.IsWatchdog() { // before anything that a watchdog must not do
 		os.Exit(freeze.WatchdogMain())
+	}
+	if serve.IsGuard() {
+		os.Exit(serve.GuardMain())
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	go func() {

@@ -38,6 +38,8 @@ type Config struct {
 	Log      *slog.Logger
 	// DeviceHelper is the command line of a process that calls the loop front's HelperMain.
 	DeviceHelper []string
+	// SpliceGuard is the command line of a process that calls serve.GuardMain.
+	SpliceGuard []string
 	// Nodes is the folder of the served devices' names; "" is /dev/tidemark.
 	Nodes string
 	// Stop asks the daemon to end. It is refused while served devices are open, unless Force.
@@ -90,7 +92,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer svc.stop()
-	if svc.devices, err = serve.Open(ctx, &serve.Env{StateDir: cfg.StateDir, Nodes: cfg.Nodes, Helper: cfg.DeviceHelper, Log: cfg.Log, Taken: svc.takenByGroup}); err != nil {
+	if svc.devices, err = serve.Open(ctx, &serve.Env{StateDir: cfg.StateDir, Nodes: cfg.Nodes, Helper: cfg.DeviceHelper, Guard: cfg.SpliceGuard, Log: cfg.Log, Taken: svc.takenByGroup}); err != nil {
 		return err
 	}
 	defer svc.stopDevices()

@@ -43,7 +43,11 @@ func (s *service) ResizeDevice(ctx context.Context, name string, r api.ResizeReq
 }
 
 func (s *service) Splice(ctx context.Context, r api.SpliceRequest) (api.Device, error) {
-	i, err := s.devices.Splice(ctx, r.Device, r.Name, r.Front)
+	bound := serve.DefaultGiveBack
+	if r.GiveBackSeconds != nil {
+		bound = time.Duration(*r.GiveBackSeconds * float64(time.Second))
+	}
+	i, err := s.devices.Splice(ctx, r.Device, r.Name, r.Front, bound)
 	if err != nil {
 		return api.Device{}, coded(err)
 	}

@@ -7,6 +7,7 @@ import (
 
 	"tidemark/internal/disk"
 	"tidemark/internal/health"
+	"tidemark/internal/splice"
 	"tidemark/internal/tap"
 )
 
@@ -34,7 +35,7 @@ func Device(spec string) (*Report, error) {
 		return nil, err
 	}
 	checks := Machine()
-	return &Report{Device: info, Checks: checks, Ways: []Way{tapWay(info, checks), spliceWay(info), serveWay(info, checks)}}, nil
+	return &Report{Device: info, Checks: checks, Ways: []Way{tapWay(info, checks), spliceWay(info, checks), serveWay(info, checks)}}, nil
 }
 
 func tapWay(info *disk.Info, checks []Check) Way {
@@ -100,29 +101,31 @@ func onTarget(info *disk.Info, t tap.Target) bool {
 	return disk.Related(info, other)
 }
 
-// spliceable are the targets whose table can be swapped while it is in use.
-var spliceable = []string{"linear", "striped", "crypt"}
-
-const notBuilt = "this version of Tidemark does not do it yet"
-
-func spliceWay(info *disk.Info) Way {
+// spliceWay needs a table that can be swapped while it is in use, and a front
+// whose requests wait while there is no daemon.
+func spliceWay(info *disk.Info, checks []Check) Way {
 	w := Way{Way: "splice", Answer: No}
 	switch {
 	case info.Mapping == nil || info.Partition:
 		w.Reason, w.Remedy = info.Name+" is no device-mapper device: there is no table to swap", "use the tap, or put the data on an LVM volume"
+		return w
 	case len(info.Mapping.Targets) == 0:
 		w.Answer, w.Reason, w.Remedy = CannotTell, "its table cannot be read", "run as root, with /dev/mapper/control there"
-	default:
-		for _, target := range info.Mapping.Targets {
-			if !slices.Contains(spliceable, target) {
-				w.Reason = fmt.Sprintf("its table has a target of type %s, which cannot be replaced while it is in use", target)
-				w.Remedy = "use the tap"
-				return w
-			}
-		}
-		w.Reason, w.Remedy = notBuilt, "use the tap"
+		return w
 	}
+	if w.Reason, w.Remedy = splice.Unable(info.Mapping.Targets); w.Reason != "" {
+		return w
+	}
+	if !able(checks, "ublk") && !able(checks, "nbd") {
+		w.Reason, w.Remedy = "this machine has no front that outlives its server", "modprobe ublk_drv, or nbd"
+		return w
+	}
+	w.Answer = Yes
 	return w
+}
+
+func able(checks []Check, code string) bool {
+	return slices.ContainsFunc(checks, func(c Check) bool { return c.Code == code && c.Answer == Yes })
 }
 
 // serveWay needs a disk that nobody uses. Without anything that turns a program
@@ -134,12 +137,9 @@ func serveWay(info *disk.Info, checks []Check) Way {
 		w.Remedy = "use the tap; or take the disk out of use and mount /dev/tidemark/NAME instead (tidemark device create)"
 		return w
 	}
-	able := func(code string) bool {
-		return slices.ContainsFunc(checks, func(c Check) bool { return c.Code == code && c.Answer == Yes })
-	}
 	switch {
-	case able("ublk"), able("nbd"):
-	case able("fuse") && able("loop"):
+	case able(checks, "ublk"), able(checks, "nbd"):
+	case able(checks, "fuse") && able(checks, "loop"):
 		w.Reason = "by the loop front only, which cannot outlive the daemon: requests fail while there is none"
 		w.Remedy = "modprobe ublk_drv, or nbd"
 	default:

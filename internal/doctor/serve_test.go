@@ -35,3 +35,28 @@ func TestServeWay(t *testing.T) {
 		}
 	}
 }
+
+func TestSpliceWay(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		mapping *disk.Mapping
+		have    string
+		answer  Answer
+		says    string
+		instead string
+	}{
+		{"disk", nil, "ublk", No, "no device-mapper device", "use the tap"},
+		{"unread", &disk.Mapping{}, "ublk", CannotTell, "cannot be read", "root"},
+		{"volume", &disk.Mapping{Targets: []string{"linear"}}, "nbd", Yes, "", ""},
+		{"crypt", &disk.Mapping{Targets: []string{"crypt", "striped"}}, "ublk", Yes, "", ""},
+		{"no front", &disk.Mapping{Targets: []string{"linear"}}, "loop", No, "no front that outlives", "modprobe ublk_drv"},
+		{"thin", &disk.Mapping{Targets: []string{"linear", "thin"}}, "ublk", No, "type thin: a thin volume's blocks belong to its pool", "use the tap"},
+		{"paths", &disk.Mapping{Targets: []string{"multipath"}}, "ublk", No, "type multipath: ", "splice the volume above"},
+	} {
+		w := spliceWay(&disk.Info{Name: "dm-0", Mapping: c.mapping}, []Check{{Code: c.have, Answer: Yes}})
+		if w.Answer != c.answer || !strings.Contains(w.Reason, c.says) || (w.Reason == "") != (c.says == "") ||
+			!strings.Contains(w.Remedy, c.instead) || (w.Remedy == "") != (c.instead == "") {
+			t.Errorf("%s: %+v", c.name, w)
+		}
+	}
+}

@@ -72,7 +72,7 @@ type watchdog struct {
 
 // arm does all that could need anything from a file system, before one is frozen.
 func (w *watchdog) arm() unix.Errno {
-	leaveControlGroup()
+	LeaveControlGroup()
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0) // refused in some containers
 	_ = unix.Chdir("/")
 	f, err := mapFlag(fdFlag)
@@ -195,10 +195,10 @@ func (w *watchdog) send(m message) {
 	_ = unix.Sendto(fdSocket, m.encode(), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, nil)
 }
 
-// leaveControlGroup moves this process out of the group by which a service
+// LeaveControlGroup moves this process out of the group by which a service
 // manager would kill it together with the caller. Where that is not allowed
 // the watchdog still outlives a crash of the caller.
-func leaveControlGroup() {
+func LeaveControlGroup() {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return

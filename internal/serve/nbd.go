@@ -35,7 +35,7 @@ func (f nbdFront) serve(ctx context.Context, spec Spec, dev shown, _ json.RawMes
 	}
 	d, err := nbdk.Reattach(ctx, server, spec.Name, f.identity(spec))
 	if errors.Is(err, nbdk.ErrNotFound) {
-		d, err = nbdk.Attach(ctx, server, spec.Name, nbdk.Options{Identity: f.identity(spec), Wait: nbdWait, BlockSize: dev.limits.LogicalBlock})
+		d, err = nbdk.Attach(ctx, server, spec.Name, nbdk.Options{Identity: f.identity(spec), Wait: nbdWait + spec.GiveBack, BlockSize: dev.limits.LogicalBlock})
 	}
 	if err != nil {
 		return nil, err

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"tidemark/internal/vfs"
 )
@@ -22,6 +23,8 @@ type record struct {
 	Spec   Spec            `json:"spec"`
 	Made   bool            `json:"made"`
 	Memory json.RawMessage `json:"memory,omitempty"` // the front's own
+	// GivenBack is when a guard gave a spliced volume its own table back.
+	GivenBack time.Time `json:"given_back,omitzero"`
 }
 
 // recordFile is its form on disk.

@@ -24,6 +24,7 @@ import (
 	"tidemark/internal/front/nbd"
 	"tidemark/internal/health"
 	"tidemark/internal/snapshot"
+	"tidemark/internal/splice"
 	"tidemark/internal/stack"
 )
 
@@ -45,7 +46,10 @@ type Env struct {
 	Nodes string
 	// Helper is the command line of a process that calls the loop front's HelperMain.
 	Helper []string
-	Log    *slog.Logger
+	// Guard is the command line of a process that calls GuardMain, without
+	// GuardVerb; none: spliced volumes wait for the next daemon for ever.
+	Guard []string
+	Log   *slog.Logger
 	// Taken says who else of this daemon uses a path, "" for nobody; nil: nobody.
 	Taken func(path string) string
 }
@@ -85,6 +89,14 @@ type Device struct {
 	part  snapshot.Device // its filters and its change map, as snapshots need them
 
 	served served // nil where it could not be brought back
+
+	// Of a spliced device.
+	claim     *splice.Claim
+	guard     *guard
+	givenBack bool // the volume has its own table again
+
+	disk incarnation // of the backing
+	gone bool        // it was pulled
 }
 
 // Open brings back the devices that the state folder remembers. One that cannot
@@ -116,12 +128,14 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 			}
 		} else if err == nil {
 			d.spec = r.Spec
-			if err = s.lay(d); err == nil {
-				records[name] = r
+			if err = s.takeOver(ctx, d, r); err == nil && !d.givenBack && !s.restarted(d) {
+				err = s.lay(d)
 			}
+			records[name] = r
 		}
 		if err != nil {
 			s.offline(d, err)
+			delete(records, name)
 		}
 		s.devices[name] = d
 	}
@@ -130,8 +144,16 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 		return nil, errors.Join(err, s.system.Close())
 	}
 	for name, r := range records {
-		if err := s.bringBack(ctx, s.devices[name], r); err != nil {
-			s.offline(s.devices[name], err)
+		d, err := s.devices[name], error(nil)
+		switch {
+		case d.givenBack:
+		case d.stack == nil:
+			err = s.spliceAfterRestart(ctx, d)
+		default:
+			err = s.bringBack(ctx, d, r)
+		}
+		if err != nil {
+			s.offline(d, err)
 		}
 	}
 	s.bringBackImages(ctx)
@@ -181,6 +203,7 @@ func (s *Server) offline(d *Device, err error) {
 	s.env.Log.Error("a served device is not there", "device", d.spec.Name, "error", err)
 	d.health.Raise(health.Condition{Code: "device-offline", Severity: health.Error, Subject: d.spec.Name, Detail: err.Error(),
 		Remedy: "Mend what it names and start the daemon again, or remove the device: tidemark device rm " + d.spec.Name + "."})
+	s.handOver(d)
 }
 
 // bringBack shows a device of an earlier process.
@@ -235,6 +258,7 @@ func (s *Server) lay(d *Device) error {
 	if err != nil {
 		return errors.Join(err, s.system.Remove(d.spec.Name), lower.Close())
 	}
+	d.disk, d.gone = incarnationOf(lower.Path()), false
 	d.set(func() { d.lower, d.stack, d.part = lower, st, part })
 	return nil
 }
@@ -268,7 +292,16 @@ func (s *Server) take(ctx context.Context, d *Device) error {
 		return err
 	}
 	d.set(func() { d.served, d.stack = nil, nil })
-	return errors.Join(s.unlink(d), s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
+	return errors.Join(s.unlink(d), s.dismantle(d))
+}
+
+// dismantle ends a device's stack and lets go of its backing.
+func (s *Server) dismantle(d *Device) error {
+	if d.gone { // the stack ended with the disk, of which nothing can be asked any more
+		_ = d.lower.Close()
+		return nil
+	}
+	return errors.Join(s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
 }
 
 // Remove ends a device. The backing stays as it is. ErrInUse: it is open.
@@ -279,7 +312,7 @@ func (s *Server) Remove(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if d.spec.Splice != nil {
+	if d.spec.Splice != nil && !d.givenBack {
 		return fmt.Errorf("%s: %w by the volume %s, under which it lies: tidemark device unsplice %[1]s", name, ErrInUse, d.spec.Splice.Name)
 	}
 	for _, i := range s.set.List() {
@@ -372,8 +405,8 @@ func (s *Server) Stop(ctx context.Context) error {
 	}
 	errs = append(errs, s.set.Stop(), s.closeDisks())
 	for _, d := range laid {
-		errs = append(errs, s.system.Remove(d.spec.Name), d.lower.Flush(), d.lower.Close())
-		if slices.Contains(quiet, d) {
+		errs = append(errs, s.dismantle(d))
+		if slices.Contains(quiet, d) && !d.gone {
 			errs = append(errs, s.saveChanges(d))
 		}
 		d.set(func() { d.served, d.stack = nil, nil })

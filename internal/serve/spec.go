@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"time"
 
 	"tidemark/internal/health"
 	"tidemark/internal/splice"
@@ -25,6 +26,9 @@ type Spec struct {
 	ID string `json:"id"`
 	// Splice says under which mapped device it lies; nil: it stands for itself.
 	Splice *splice.Splice `json:"splice,omitempty"`
+	// GiveBack is how long a spliced volume waits for a daemon until its guard
+	// gives it its own table back; 0: for ever.
+	GiveBack time.Duration `json:"give_back,omitempty"`
 }
 
 // token is ID as a number.

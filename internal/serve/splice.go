@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -22,18 +21,25 @@ import (
 var ErrRefused = splice.ErrRefused
 
 // Splice puts a served device under a mapped device that is in use. name is
-// what the served device is called; "" takes the mapped device's own.
-func (s *Server) Splice(ctx context.Context, path, name, front string) (Info, error) {
+// what the served device is called; "" takes the mapped device's own. After
+// giveBack without a daemon the volume gets its own table back; 0: never.
+func (s *Server) Splice(ctx context.Context, path, name, front string, giveBack time.Duration) (Info, error) {
 	s.changes.Lock()
 	defer s.changes.Unlock()
-	d, err := s.spliceIn(ctx, path, name, front)
+	if giveBack < 0 || giveBack > giveBackMax {
+		return Info{}, fmt.Errorf("%w: giving back after %v: want 0, for never, to %v", ErrRefused, giveBack, giveBackMax)
+	}
+	d, err := s.spliceIn(ctx, path, name, front, giveBack)
 	if err != nil {
 		return Info{}, err
 	}
 	return s.info(d), nil
 }
 
-func (s *Server) spliceIn(ctx context.Context, path, name, front string) (*Device, error) {
+// giveBackMax is the longest that can be asked for, but for never.
+const giveBackMax = 7 * 24 * time.Hour
+
+func (s *Server) spliceIn(ctx context.Context, path, name, front string, giveBack time.Duration) (*Device, error) {
 	id, err := s.spliceable(path)
 	if err != nil {
 		return nil, err
@@ -53,12 +59,24 @@ func (s *Server) spliceIn(ctx context.Context, path, name, front string) (*Devic
 	if name == "" {
 		name = sp.Name
 	}
-	spec := Spec{Name: name, Backing: lower, Front: front, Splice: sp}
-	d, err := s.makeSpliced(ctx, c, spec)
+	if err := s.forgetGivenBack(sp); err != nil {
+		return nil, errors.Join(err, sp.Remove(c))
+	}
+	d, err := s.makeSpliced(ctx, c, Spec{Name: name, Backing: lower, Front: front, Splice: sp, GiveBack: giveBack})
 	if err != nil {
 		return nil, errors.Join(err, sp.Remove(c))
 	}
 	return d, nil
+}
+
+// forgetGivenBack makes room for a splice of a volume that was given back.
+func (s *Server) forgetGivenBack(sp *splice.Splice) error {
+	for _, d := range s.list() {
+		if d.givenBack && d.spec.Splice.Name == sp.Name {
+			return s.forgotten(d.spec.Name)
+		}
+	}
+	return nil
 }
 
 // spliceable finds the mapped device, and refuses one that this process needs.
@@ -117,21 +135,23 @@ func (s *Server) makeSpliced(ctx context.Context, c *dm.Control, spec Spec) (d *
 		return nil, err
 	}
 	d = &Device{spec: spec}
+	if err := s.claim(ctx, d); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.forgotten(spec.Name), d.claim.Close())
+		}
+	}()
 	if err := s.save(record{Spec: spec}); err != nil {
 		return nil, err
 	}
-	err = s.bring(ctx, d, nil)
-	if err == nil {
-		err = s.save(record{Spec: spec, Made: true, Memory: d.served.memory()})
-		if err == nil {
-			err = s.lead(c, d)
-		}
-		if err != nil {
-			err = errors.Join(err, s.take(ctx, d))
-		}
+	if err := s.bring(ctx, d, nil); err != nil {
+		return nil, err
 	}
-	if err != nil {
-		return nil, errors.Join(err, s.forgotten(spec.Name))
+	if err := s.lead(c, d); err != nil {
+		d.unguard()
+		return nil, errors.Join(err, s.take(ctx, d))
 	}
 	s.mu.Lock()
 	s.devices[spec.Name] = d
@@ -139,10 +159,36 @@ func (s *Server) makeSpliced(ctx context.Context, c *dm.Control, spec Spec) (d *
 	return d, nil
 }
 
+// claim takes the right to serve a spliced device, from a guard if need be.
+func (s *Server) claim(ctx context.Context, d *Device) error {
+	claim, err := splice.OpenClaim(d.spec.Splice)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, claimWait)
+	defer cancel()
+	if err := claim.Take(ctx); err != nil {
+		return errors.Join(fmt.Errorf("%s: %w", d.spec.Splice.Name, err), claim.Close())
+	}
+	d.claim = claim
+	return nil
+}
+
+// claimWait is how long a guard may take to make way: longer than each of its steps.
+const claimWait = stepWait + 10*time.Second
+
 // lead swaps the mapped device's table for one that leads to the served device.
+// Before that it is guarded, and its record says what it leads to.
 func (s *Server) lead(c *dm.Control, d *Device) error {
 	major, minor, err := numberOf(d.served.kernel())
 	if err != nil {
+		return err
+	}
+	d.spec.Splice.Upper = splice.Upper(major, minor)
+	if err := s.save(record{Spec: d.spec, Made: true, Memory: d.served.memory()}); err != nil {
+		return err
+	}
+	if err := s.guard(d); err != nil {
 		return err
 	}
 	return d.spec.Splice.In(c, major, minor)
@@ -167,31 +213,129 @@ func (s *Server) leadBack(ctx context.Context, d *Device) error {
 	if err != nil {
 		return err
 	}
-	d.spec.Splice.Upper = strconv.Itoa(int(major)) + ":" + strconv.Itoa(int(minor))
+	d.spec.Splice.Upper = splice.Upper(major, minor)
 	if err := d.spec.Splice.Check(c); errors.Is(err, splice.ErrReplaced) {
 		return s.replaced(ctx, c, d)
 	} else if err != nil {
 		return err
 	}
+	if err := s.guard(d); err != nil { // the volume works, which is more
+		s.env.Log.Error("a spliced volume has no guard", "device", d.spec.Name, "error", err)
+		s.unguarded(d, err)
+	}
+	return nil
+}
+
+// takeOver is the beginning of bringing a splice back: a guard that is at work
+// makes way, or has given the volume back, which is noted in the record.
+func (s *Server) takeOver(ctx context.Context, d *Device, r record) error {
+	if d.spec.Splice == nil {
+		return nil
+	}
+	if err := s.claim(ctx, d); err != nil {
+		return err
+	}
+	r, err := s.load(d.spec.Name) // a guard may have written it since
+	if err != nil || r.GivenBack.IsZero() {
+		return err
+	}
+	d.givenBack = true
+	c, err := dm.Open()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	at := r.GivenBack.Format(time.DateTime)
+	s.env.Log.Warn("a spliced volume was given its own table back, as there was no daemon", "device", d.spec.Name, "volume", d.spec.Splice.Name, "at", at)
+	d.health.Raise(health.Condition{Code: "splice-given-back", Severity: health.Error, Subject: d.spec.Name,
+		Detail: fmt.Sprintf("The volume %s waited for a daemon for longer than %v and got its own table back at %s: what was written to it since is in no change map and no snapshot.", d.spec.Splice.Name, d.spec.GiveBack, at),
+		Remedy: fmt.Sprintf("Splice it again, which begins a new generation: tidemark device splice /dev/mapper/%s --name %s; then take a full copy. Or: tidemark device rm %[2]s.", d.spec.Splice.Name, d.spec.Name)})
+	err = errors.Join(s.front(r.Spec.Front).forget(ctx, r.Spec, r.Memory), d.spec.Splice.Remove(c), s.eraseChanges(d.spec.Name), d.claim.Close())
+	if err != nil { // it is in nobody's way
+		s.env.Log.Warn("removing what was under a volume that was given back", "device", d.spec.Name, "error", err)
+	}
+	d.claim = nil
+	return nil
+}
+
+// handOver leaves a device that cannot be brought back to a guard: requests must not wait for ever.
+func (s *Server) handOver(d *Device) {
+	if d.claim == nil || d.served != nil {
+		return
+	}
+	g, err := s.guardFor(d.spec)
+	if err := errors.Join(err, d.claim.Close()); err != nil {
+		s.env.Log.Error("a spliced volume has no guard", "device", d.spec.Name, "error", err)
+	}
+	d.claim = nil
+	if g != nil {
+		g.release()
+	}
+}
+
+// restarted: the machine was started anew, and the volume has its own table.
+func (s *Server) restarted(d *Device) bool {
+	if d.spec.Splice == nil || d.givenBack {
+		return false
+	}
+	c, err := dm.Open()
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	_, err = c.Info(dm.Named(d.spec.Splice.Lower))
+	return errors.Is(err, dm.ErrAbsent)
+}
+
+// spliceAfterRestart splices a volume again after a start of the machine.
+func (s *Server) spliceAfterRestart(ctx context.Context, d *Device) error {
+	sp := d.spec.Splice
+	c, err := dm.Open()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	info, err := c.Info(dm.Named(sp.Name))
+	if err != nil {
+		return err
+	}
+	if info.UUID != sp.UUID {
+		return fmt.Errorf("%s is another volume (%s, not %s)", sp.Name, info.UUID, sp.UUID)
+	}
+	err = errors.Join(s.front(d.spec.Front).forget(ctx, d.spec, nil), d.claim.Close(), s.forgotten(d.spec.Name))
+	d.claim = nil
+	if err != nil {
+		return err
+	}
+	s.spliceAnew(ctx, d, info.Minor, nil)
 	return nil
 }
 
 // replaced begins anew where somebody else has given the volume another table:
 // what was written since is not known.
 func (s *Server) replaced(ctx context.Context, c *dm.Control, d *Device) error {
-	sp, name, front := d.spec.Splice, d.spec.Name, d.spec.Front
+	sp, name := d.spec.Splice, d.spec.Name
 	s.env.Log.Warn("a spliced volume has got another table", "device", name, "volume", sp.Name)
 	// The kernel still tears down the table that was in use when the other one already is.
 	if err := letGo(ctx, func() error { return s.take(ctx, d) }); err != nil {
 		return err // and the next look tries again
 	}
+	d.unguard()
 	err := letGo(ctx, func() error { return sp.Remove(c) })
 	if err == nil {
 		err = s.forgotten(name)
 	}
+	s.spliceAnew(ctx, d, sp.Minor, errors.Join(err, d.claim.Close()))
+	return nil
+}
+
+// spliceAnew splices a volume again whose device has ended, in order where err
+// is nil, or says that the volume leads past Tidemark.
+func (s *Server) spliceAnew(ctx context.Context, d *Device, minor uint32, err error) {
+	sp, name := d.spec.Splice, d.spec.Name
 	var fresh *Device
 	if err == nil {
-		fresh, err = s.spliceIn(ctx, fmt.Sprintf("/dev/dm-%d", sp.Minor), name, front)
+		fresh, err = s.spliceIn(ctx, fmt.Sprintf("/dev/dm-%d", minor), name, d.spec.Front, d.spec.GiveBack)
 	}
 	if err != nil {
 		d.set(func() { d.spec.Splice = nil })
@@ -201,12 +345,11 @@ func (s *Server) replaced(ctx context.Context, c *dm.Control, d *Device) error {
 		s.mu.Lock()
 		s.devices[name] = d
 		s.mu.Unlock()
-		return nil
+		return
 	}
 	fresh.health.Raise(health.Condition{Code: "splice-replaced", Severity: health.Info, Subject: name,
-		Detail: fmt.Sprintf("The volume %s got another table, by LVM as a rule, and was spliced again: its change map begins a new generation.", sp.Name),
+		Detail: fmt.Sprintf("The volume %s got another table, by LVM or at the start of the machine, and was spliced again: its change map begins a new generation.", sp.Name),
 		Remedy: "Take a full copy next."})
-	return nil
 }
 
 // letGoTime is for how long a device may be in use by what is just being taken down.
@@ -239,6 +382,9 @@ func (s *Server) Unsplice(ctx context.Context, name string) error {
 	if sp == nil {
 		return fmt.Errorf("%s lies under no volume: %w: tidemark device rm ends it", name, ErrNotFound)
 	}
+	if r, err := s.load(name); err == nil && !r.GivenBack.IsZero() { // by a guard, before this process or beside it
+		return s.forgotten(name)
+	}
 	c, err := dm.Open()
 	if err != nil {
 		return err
@@ -253,19 +399,20 @@ func (s *Server) Unsplice(ctx context.Context, name string) error {
 	if err := letGo(ctx, func() error { return s.take(ctx, d) }); err != nil {
 		return err
 	}
+	d.unguard()
 	if err := letGo(ctx, func() error { return sp.Remove(c) }); err != nil {
 		return err
 	}
-	return s.forgotten(name)
+	return errors.Join(s.forgotten(name), d.claim.Close())
 }
 
-// watch looks at the spliced volumes whenever the kernel tells of one, and every
-// few seconds in case it does not.
+// watch looks at the spliced volumes, and at the disks behind devices, whenever
+// the kernel tells of one, and every few seconds in case it does not.
 func (s *Server) watch(ctx context.Context) {
 	events := make(chan string, 64)
 	s.watching.Go(func() {
 		disk.Listen(ctx, func(e disk.Uevent) {
-			if e.Name != "" && !strings.HasPrefix(e.Name, "dm-") {
+			if e.Name != "" && e.Action != "remove" && !strings.HasPrefix(e.Name, "dm-") {
 				return
 			}
 			select {
@@ -283,6 +430,7 @@ func (s *Server) watch(ctx context.Context) {
 		case <-events:
 		case <-tick.C:
 		}
+		s.checkBackings()
 		if slices.ContainsFunc(s.list(), func(d *Device) bool { return d.now().spec.Splice != nil }) {
 			s.checkSplices(ctx)
 		}

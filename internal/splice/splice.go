@@ -48,20 +48,44 @@ const (
 // keep no state of their own.
 var able = []string{"linear", "striped", "crypt"}
 
-// unable says why other types are refused.
-var unable = map[string]string{
-	"multipath":       "a multipath table is immutable: splice the volume above it, or use the tap",
-	"thin-pool":       "a thin pool's table is immutable: splice or tap the thin volumes' users above it",
-	"thin":            "a thin volume's blocks belong to its pool: use the tap",
-	"raid":            "two live instances of one RAID's metadata would destroy it: use the tap",
-	"mirror":          "two live instances of one mirror log would destroy it: use the tap",
-	"cache":           "two live instances of one cache's metadata would destroy it: use the tap",
-	"writecache":      "two live instances of one cache's metadata would destroy it: use the tap",
-	"era":             "two live instances of its metadata would destroy it: use the tap",
-	"integrity":       "two live instances of its journal would destroy it: use the tap",
-	"snapshot":        "two live instances of one exception store would destroy it: use the tap",
-	"snapshot-origin": "its snapshots would miss writes: remove the snapshots, or use the tap",
-	"snapshot-merge":  "a merge is under way: wait for its end, or use the tap",
+const (
+	useTap = "use the tap"
+	twoOf  = "two live instances of its metadata would destroy it"
+)
+
+// unable says why other types are refused, and what can be done instead.
+var unable = map[string][2]string{
+	"multipath":       {"a multipath table is immutable", "splice the volume above it, or use the tap"},
+	"thin-pool":       {"a thin pool's table is immutable", "use the tap on the thin volumes"},
+	"thin":            {"a thin volume's blocks belong to its pool", useTap},
+	"raid":            {twoOf, useTap},
+	"mirror":          {"two live instances of its log would destroy it", useTap},
+	"cache":           {twoOf, useTap},
+	"writecache":      {twoOf, useTap},
+	"era":             {twoOf, useTap},
+	"clone":           {twoOf, useTap},
+	"integrity":       {"two live instances of its journal would destroy it", useTap},
+	"zoned":           {twoOf, useTap},
+	"verity":          {"it is read-only: nothing is written to it", "none is needed"},
+	"snapshot":        {"two live instances of one exception store would destroy it", useTap},
+	"snapshot-origin": {"its snapshots would miss writes", "remove the snapshots, or use the tap"},
+	"snapshot-merge":  {"a merge is under way", "wait for its end, or use the tap"},
+}
+
+// Unable says why a table with targets of these types cannot be spliced, and
+// what can be done instead; "" where it can.
+func Unable(types []string) (why, instead string) {
+	for _, kind := range types {
+		if slices.Contains(able, kind) {
+			continue
+		}
+		reason, ok := unable[kind]
+		if !ok {
+			reason = [2]string{"only linear, striped and crypt tables keep no state of their own", useTap}
+		}
+		return fmt.Sprintf("it has a target of type %s: %s", kind, reason[0]), reason[1]
+	}
+	return "", ""
 }
 
 // Refuse tells whether a table can be spliced: nil, or an error that is ErrRefused.
@@ -69,15 +93,8 @@ func Refuse(name string, t dm.Table) error {
 	if len(t) == 0 {
 		return fmt.Errorf("%w: %s has no table in use: activate it first", ErrRefused, name)
 	}
-	for _, kind := range t.Types() {
-		if slices.Contains(able, kind) {
-			continue
-		}
-		why := unable[kind]
-		if why == "" {
-			why = "only linear, striped and crypt tables keep no state of their own: use the tap"
-		}
-		return fmt.Errorf("%w: %s has a target of type %s: %s", ErrRefused, name, kind, why)
+	if why, instead := Unable(t.Types()); why != "" {
+		return fmt.Errorf("%w: %s: %s: %s", ErrRefused, name, why, instead)
 	}
 	if strings.HasPrefix(name, lowerPrefix) {
 		return fmt.Errorf("%w: %s is the lower device of another splice", ErrRefused, name)
@@ -144,10 +161,13 @@ func (s *Splice) fillLower(c *dm.Control, lower dm.ID, table dm.Table) (dm.Info,
 	return c.Resume(lower, true)
 }
 
+// Upper is how a table names a device.
+func Upper(major, minor uint32) string { return fmt.Sprintf("%d:%d", major, minor) }
+
 // In leads the mapped device to upper, which must have the same size and serve
 // the lower device. After an error the device is as it was before.
 func (s *Splice) In(c *dm.Control, major, minor uint32) error {
-	upper := fmt.Sprintf("%d:%d", major, minor)
+	upper := Upper(major, minor)
 	if err := sameBlocks(fmt.Sprintf("%d:%d", s.Major, s.Minor), upper); err != nil {
 		return err
 	}
@@ -184,7 +204,7 @@ func sameBlocks(device, upper string) error {
 }
 
 // Out gives the mapped device its own table back, as the lower device has it.
-// noFlush is for a server that is gone: see Guard. Where somebody else has
+// noFlush does not wait for requests under way. Where somebody else has
 // given it another table meanwhile nothing is changed, and the error is ErrReplaced.
 func (s *Splice) Out(c *dm.Control, noFlush bool) error {
 	table, _, err := c.Table(dm.Named(s.Lower))
@@ -222,11 +242,22 @@ func (s *Splice) ours(now dm.Table) error {
 	return fmt.Errorf("%s: %w", s.Name, ErrReplaced)
 }
 
+// LockMemory brings all of this program into memory, and keeps there what it
+// has and what it will use: of what comes later, what is touched.
+func LockMemory() error {
+	for _, how := range []int{unix.MCL_CURRENT, unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT} { // the first alone would let go of the future
+		if err := unix.Mlockall(how); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // swap puts another table in use. Between suspend and resume nothing here may
 // wait for a disk: the pages of this program are locked first, and nothing is
 // logged. An error leaves the device running with the table that it had.
 func (s *Splice) swap(c *dm.Control, table dm.Table, noFlush bool, still func(dm.Table) error) error {
-	if err := unix.Mlockall(unix.MCL_CURRENT); err != nil {
+	if err := LockMemory(); err != nil {
 		return fmt.Errorf("locking memory, without which a pause of the disk could be for ever: %w", err)
 	}
 	now, info, err := c.Table(s.id())

@@ -17,7 +17,7 @@ import (
 
 func TestRefuse(t *testing.T) {
 	for kind, ok := range map[string]bool{"linear": true, "striped": true, "crypt": true, "thin": false, "thin-pool": false, "multipath": false,
-		"raid": false, "cache": false, "mirror": false, "snapshot-origin": false, "something-new": false} {
+		"raid": false, "clone": false, "cache": false, "mirror": false, "snapshot-origin": false, "something-new": false} {
 		err := Refuse("x", dm.Table{{Start: 0, Length: 8, Type: "linear"}, {Start: 8, Length: 8, Type: kind}})
 		if ok != (err == nil) || !ok && (!errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), kind) || !strings.Contains(err.Error(), ": ")) {
 			t.Errorf("%s: %v", kind, err)

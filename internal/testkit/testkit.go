@@ -42,6 +42,7 @@ var probes = map[string]func() error{
 	"sqlite3":    tool("sqlite3"),
 	"nbdclients": tool("nbdinfo", "nbdcopy", "qemu-img", "qemu-io"),
 	"vm":         tool("qemu-system-x86_64"),
+	"lvm":        tool("lvm"),
 	"dm":         func() error { return access("/dev/mapper/control") },
 	"nbd":        func() error { _, err := os.Stat("/sys/module/nbd"); return err }, // the kernel's own client
 	"ublk":       func() error { return access("/dev/ublk-control") },

@@ -82,13 +82,13 @@ var layer = map[string][]string{
 	// Assembly and the ways to command it.
 	"internal/protect": {"internal/block", "internal/cbt", "internal/disk", "internal/fill", "internal/freeze", "internal/health",
 		"internal/restore", "internal/segment", "internal/source", "internal/spool", "internal/stream", "internal/tap", "internal/timeline", "internal/vault", "internal/vfs"},
-	"internal/doctor":           {"internal/block", "internal/disk", "internal/front/...", "internal/health", "internal/loop", "internal/splice", "internal/tap"},
+	"internal/doctor":           {"internal/block", "internal/disk", "internal/dm", "internal/front/...", "internal/health", "internal/loop", "internal/serve", "internal/splice", "internal/tap"},
 	"internal/control/api":      {"internal/block", "internal/health", "internal/stream"},
 	"internal/control/cuse":     {"internal/abi/fuse"},
 	"internal/control/blksnap":  {"internal/block", "internal/abi/blksnap", "internal/control/cuse", "internal/health"},
 	"internal/control/involflt": {"internal/block", "internal/stream", "internal/abi/involflt", "internal/control/cuse", "internal/health"},
 	"internal/daemon":           {"internal/..."},
-	"cmd/tidemark": {"internal/block", "internal/control/api", "internal/daemon", "internal/disk", "internal/segment", "internal/tap", "internal/mount", "internal/overlay", "internal/doctor", "internal/freeze", "internal/front/...",
+	"cmd/tidemark": {"internal/block", "internal/control/api", "internal/daemon", "internal/disk", "internal/segment", "internal/tap", "internal/mount", "internal/overlay", "internal/doctor", "internal/freeze", "internal/front/...", "internal/serve",
 		"internal/health", "internal/restore", "internal/stream", "internal/timeline", "internal/vault"},
 
 	// Tests. What they need from the rest they take as interfaces, so that any package's own tests can use them.

@@ -14,6 +14,7 @@ import (
 type job struct {
 	pkg     string        // folder below the repository's root
 	run     string        // pattern of go test -run (TIDEMARK_VM_RUN replaces it); empty: all
+	skip    string        // pattern of go test -skip; empty: none
 	count   int           // how often they are run (TIDEMARK_VM_COUNT); 0: once
 	timeout time.Duration // of its tests together, in the guest
 
@@ -72,8 +73,8 @@ for m in fuse virtio_blk nvme dm-mod ext4 xfs btrfs ublk_drv nbd; do modprobe $m
 busybox ip link set lo up
 `, quote(kernel), quote(program))
 	for _, j := range g.jobs {
-		fmt.Fprintf(&b, "cd %s && timeout -s QUIT -k 10 %d %s -test.v=test2json -test.short -test.timeout=%v -test.count=%d -test.run=%s >/results/%s.out 2>&1\necho $? >/results/%[7]s.exit\n",
-			quote(filepath.Join(j.root, j.pkg)), int(j.timeout.Seconds())+10, quote(j.binary), j.timeout, max(j.count, 1), quote(j.run), j.out)
+		fmt.Fprintf(&b, "cd %s && timeout -s QUIT -k 10 %d %s -test.v=test2json -test.short -test.timeout=%v -test.count=%d -test.run=%s -test.skip=%s >/results/%s.out 2>&1\necho $? >/results/%[8]s.exit\n",
+			quote(filepath.Join(j.root, j.pkg)), int(j.timeout.Seconds())+10, quote(j.binary), j.timeout, max(j.count, 1), quote(j.run), quote(j.skip), j.out)
 	}
 	b.WriteString("dmesg | grep -E 'BUG|WARNING|Call Trace' >/results/kernel-complaints\ntouch /results/finished\nsync\necho o >/proc/sysrq-trigger\nsleep 60\n")
 	return b.String()

@@ -48,6 +48,9 @@ type SpliceRequest struct {
 	Device string `json:"device"`          // absolute path of a device-mapper device
 	Name   string `json:"name,omitempty"`  // of the served device; "": the volume's own
 	Front  string `json:"front,omitempty"` // ublk, nbd or auto
+	// GiveBackSeconds is how long the volume waits for a daemon until it gets
+	// its own table back; 0: for ever; nil: a minute.
+	GiveBackSeconds *float64 `json:"give_back_seconds,omitempty"`
 }
 
 // Devices is the part of the Service that is about served devices.

@@ -95,6 +95,9 @@ func kind(t reflect.Type) string {
 	if t.Implements(reflect.TypeFor[encoding.TextMarshaler]()) {
 		return "string"
 	}
+	if t.Kind() == reflect.Pointer { // it may be absent
+		t = t.Elem()
+	}
 	switch t.Kind() {
 	case reflect.String:
 		return "string"

@@ -300,7 +300,7 @@ func TestReconnectUnderLoad(t *testing.T) {
 			testkit.Mkfs(t, s.node, "ext4")
 			dir := testkit.Mount(t, s.node)
 			fio := exec.Command("fio", "--name=load", "--directory="+dir, "--size=16M", "--rw=randwrite", "--bsrange=4k-64k", "--ioengine=libaio",
-				"--iodepth=8", "--direct=1", "--verify=crc32c", "--verify_fatal=1", "--fsync=64", "--time_based", "--runtime=15", "--loops=100", "--output-format=terse")
+				"--iodepth=8", "--direct=1", "--verify=crc32c", "--verify_fatal=1", "--fsync=64", "--time_based", "--runtime=8", "--loops=100", "--output-format=terse")
 			var out bytes.Buffer
 			fio.Stdout, fio.Stderr = &out, &out
 			if err := fio.Start(); err != nil {

@@ -350,8 +350,12 @@ func (s *Server) stop(ctx context.Context) error {
 }
 
 // Delete removes the device, and does not wait for those who have it open: they
-// get errors from here on. What they wrote and did not sync is lost.
+// get errors from here on. What they wrote and did not sync is written where the
+// kernel does that (6.8), else lost. The kernel's answer to stopping waits for
+// requests under way, which are served meanwhile, and for no opener.
 func (s *Server) Delete(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*commandWait) // for the command, and for the queues' end
+	defer cancel()
 	if err := s.control.do(ctx, abi.CmdStopDev, abi.CtrlCmd{DevID: s.id}, nil); err != nil && !errors.Is(err, unix.ENODEV) {
 		return fmt.Errorf("stopping %s: %w", s.Path(), err)
 	}

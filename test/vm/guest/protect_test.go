@@ -9,6 +9,7 @@ import (
 	"fmt"
 	mrand "math/rand/v2"
 	"os"
+	"path/filepath"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -121,11 +122,13 @@ func seed(t testing.TB) *mrand.Rand {
 // tops of stacks and on disks that CI's own kernel does not have.
 func TestProtect(t *testing.T) {
 	kinds := map[string]func(testing.TB) string{"partition": partition, "scsi": scsi, "nvme": nvme, "mirror": mirror}
+	d := program.New(t)
+	vaults := d.Vault
 	for name, make := range kinds {
 		t.Run(name, func(t *testing.T) {
 			dev := make(t)
 			disk, rng, buf := openRaw(t, dev), seed(t), aligned(t, 128<<10)
-			d := program.New(t)
+			d.Vault = filepath.Join(vaults, name)
 			d.Protect("g", dev)
 			scribbled := func() {
 				t.Helper()
@@ -174,11 +177,11 @@ func TestFillUnderLoad(t *testing.T) {
 			}
 		})
 	}
-	time.Sleep(4 * time.Second)
-	d.Kill()
 	time.Sleep(2 * time.Second)
+	d.Kill()
+	time.Sleep(time.Second)
 	d.Start()
-	time.Sleep(4 * time.Second)
+	time.Sleep(2 * time.Second)
 	stop.Store(true)
 	all.Wait()
 	if err := failed.Load(); err != nil {

@@ -4,6 +4,7 @@ package guest
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,62 +22,105 @@ import (
 // when the daemon is killed under load and started again, and when it ends in
 // order; the device goes when it is removed, and what is behind it stays.
 func TestServed(t *testing.T) {
-	for front, module := range map[string]string{"ublk": "ublk_drv", "nbd": "nbd"} {
-		t.Run(front, func(t *testing.T) {
-			if out, err := exec.Command("modprobe", module).CombinedOutput(); err != nil {
-				t.Logf("modprobe %s: %v: %s", module, err, out)
-			}
-			testkit.Need(t, front)
-			d := program.New(t)
-			image := filepath.Join(d.Dir, "image")
-			if err := os.WriteFile(image, nil, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.Truncate(image, 96<<20); err != nil {
-				t.Fatal(err)
-			}
-			node := strings.TrimSpace(d.Run("device", "create", "--backing", image, "--front", front, "--name", "data"))
-			if node != "/dev/tidemark/data" {
-				t.Fatalf("the node is %q", node)
-			}
-			dir := t.TempDir()
-			testkit.Run(t, "mkfs.ext4", "-q", node)
-			testkit.Run(t, "mount", node, dir)
-			t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
+	for _, module := range []string{"ublk_drv", "nbd"} {
+		_ = exec.Command("modprobe", module).Run() // one of them is enough
+	}
+	front := "nbd"
+	if _, err := os.Stat("/dev/ublk-control"); err == nil {
+		front = "ublk"
+	}
+	d := program.New(t)
+	image := filepath.Join(d.Dir, "image")
+	if err := os.WriteFile(image, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(image, 96<<20); err != nil {
+		t.Fatal(err)
+	}
+	node := strings.TrimSpace(d.Run("device", "create", "--backing", image, "--front", front, "--name", "data"))
+	if node != "/dev/tidemark/data" {
+		t.Fatalf("the node is %q", node)
+	}
+	dir := t.TempDir()
+	testkit.Run(t, "mkfs.ext4", "-q", node)
+	testkit.Run(t, "mount", node, dir)
+	t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
 
-			fio := startFio(t, dir, 12)
-			for range 2 {
-				time.Sleep(2 * time.Second)
-				d.Kill()
-				time.Sleep(500 * time.Millisecond)
-				d.Start()
-			}
-			if _, err := d.Verb("device", "rm", "data"); err == nil {
-				t.Error("a mounted device was removed")
-			}
-			if err := syscall.Kill(d.PID(), syscall.SIGTERM); err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(time.Second)
-			if text := d.Run("status"); !strings.Contains(text, "stop-refused") {
-				t.Errorf("it was asked to end while a device is mounted, and says nothing of it: %s", text)
-			}
-			fio.wait(t, d)
-			testkit.Run(t, "umount", dir)
-			testkit.Run(t, "e2fsck", "-fn", node)
-			if text := d.Run("device", "ls", "--json"); !strings.Contains(text, `"open":false`) {
-				t.Errorf("devices: %s", text)
-			}
-			// In order: the daemon ends, the device waits, the next daemon has it.
-			d.Stop()
-			d.Start()
-			testkit.Run(t, "e2fsck", "-fn", node)
-			d.Run("device", "rm", "data")
-			if _, err := os.Lstat(node); err == nil {
-				t.Errorf("%s is still there", node)
-			}
-			testkit.Run(t, "e2fsck", "-fn", image)
-		})
+	fio := startFio(t, dir, 8)
+	for range 2 {
+		time.Sleep(2 * time.Second)
+		d.Kill()
+		time.Sleep(500 * time.Millisecond)
+		d.Start()
+	}
+	if _, err := d.Verb("device", "rm", "data"); err == nil {
+		t.Error("a mounted device was removed")
+	}
+	if err := syscall.Kill(d.PID(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second)
+	if text := d.Run("status"); !strings.Contains(text, "stop-refused") {
+		t.Errorf("it was asked to end while a device is mounted, and says nothing of it: %s", text)
+	}
+	fio.wait(t, d)
+	testkit.Run(t, "umount", dir)
+	testkit.Run(t, "e2fsck", "-fn", node)
+	if text := d.Run("device", "ls", "--json"); !strings.Contains(text, `"open":false`) {
+		t.Errorf("devices: %s", text)
+	}
+	// In order: the daemon ends, the device waits, the next daemon has it.
+	d.Stop()
+	d.Start()
+	testkit.Run(t, "e2fsck", "-fn", node)
+	d.Run("device", "rm", "data")
+	if _, err := os.Lstat(node); err == nil {
+		t.Errorf("%s is still there", node)
+	}
+	testkit.Run(t, "e2fsck", "-fn", image)
+}
+
+// TestServedPulled: a disk is pulled from under a served device that is mounted and
+// snapshotted. Requests fail, the daemon says why and lives on, and the device goes.
+func TestServedPulled(t *testing.T) {
+	dev := scsi(t)
+	d := program.New(t)
+	served := strings.TrimSpace(d.Run("device", "create", "--backing", dev, "--name", "pulled"))
+	dir := t.TempDir()
+	testkit.Run(t, "mkfs.ext4", "-q", served)
+	testkit.Run(t, "mount", served, dir)
+	t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
+	id := strings.TrimSpace(d.Run("snapshot", "create", "--storage", filepath.Join(d.Dir, "diff")+":16M", "pulled"))
+	d.Run("snapshot", "take", id)
+	f, err := os.OpenFile(filepath.Join(dir, "file"), os.O_RDWR|os.O_CREATE|syscall.O_DIRECT, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	buf := aligned(t, 4096)
+	if _, err := f.WriteAt(buf, 0); err != nil {
+		t.Fatal(err)
+	}
+	device, err := filepath.EvalSymlinks("/sys/block/" + filepath.Base(dev) + "/device")
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, device+"/delete", "1")
+	program.Eventually(t, time.Minute, "the daemon notices", func() error {
+		if text := d.Run("device", "ls", "--json"); !strings.Contains(text, "backing-gone") {
+			return fmt.Errorf("it says %s", text)
+		}
+		return nil
+	})
+	if _, err := f.WriteAt(buf, 0); err == nil {
+		t.Error("a disk that is gone takes writes")
+	}
+	f.Close()
+	testkit.Run(t, "umount", dir)
+	d.Run("snapshot", "destroy", id)
+	d.Run("device", "rm", "pulled")
+	if text := d.Run("device", "ls", "--json"); strings.Contains(text, "pulled") {
+		t.Errorf("it is still there: %s", text)
 	}
 }
 
@@ -128,7 +172,7 @@ func TestSplice(t *testing.T) {
 	testkit.Run(t, "mkfs.ext4", "-q", dev)
 	testkit.Run(t, "mount", dev, dir)
 	t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
-	fio := startFio(t, dir, 15)
+	fio := startFio(t, dir, 10)
 	if out := strings.TrimSpace(d.Run("device", "splice", dev, "--name", "data")); out != "data" {
 		t.Fatalf("spliced as %q", out)
 	}
