@@ -26,7 +26,7 @@ type Claim struct{ file *os.File }
 
 // OpenClaim opens the claim of a splice, without taking it.
 func OpenClaim(s *Splice) (*Claim, error) {
-	if err := os.MkdirAll(claims, 0o700); err != nil {
+	if err := os.MkdirAll(claims, 0o755); err != nil {
 		return nil, err
 	}
 	f, err := os.OpenFile(claimPath(s), os.O_RDWR|os.O_CREATE, 0o600)
