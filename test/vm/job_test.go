@@ -59,7 +59,7 @@ func (g *guest) script(kernel, program string) string {
 exec </dev/null >/results/log 2>&1
 touch /results/booted
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C DM_DISABLE_UDEV=1
-export TIDEMARK_REQUIRE=root,tap,loop,fuse,dm,nbd TIDEMARK_SKIPS=/results/skips TIDEMARK_BIN=%[2]s
+export TIDEMARK_REQUIRE=root,tap,loop,fuse,dm,nbd,cuse TIDEMARK_SKIPS=/results/skips TIDEMARK_BIN=%[2]s
 mkdir -p /dev/shm /dev/pts /run
 mount -t tmpfs shm /dev/shm
 mount -t devpts pts /dev/pts
@@ -69,7 +69,7 @@ mount -t tracefs trace /sys/kernel/tracing
 [ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
 ln -sfn %[1]s/lib/modules/$(uname -r) /lib/modules/$(uname -r)
 modprobe loop max_loop=16
-for m in fuse virtio_blk nvme dm-mod ext4 xfs btrfs ublk_drv nbd; do modprobe $m; done
+for m in fuse virtio_blk nvme dm-mod ext4 xfs btrfs ublk_drv nbd cuse; do modprobe $m; done
 busybox ip link set lo up
 `, quote(kernel), quote(program))
 	for _, j := range g.jobs {

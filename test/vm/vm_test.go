@@ -30,6 +30,7 @@ func jobs() []job {
 		{pkg: "internal/freeze", run: "^Test(FreezeAndThaw|ForeignFreeze|CallerKilled|Stacked)$", timeout: 5 * time.Minute},
 		{pkg: "internal/front/loop", run: "^Test(Serve|ServerKilled)$", timeout: 5 * time.Minute},
 		{pkg: "internal/front/nbdk", timeout: 5 * time.Minute},
+		{pkg: "internal/control/cuse", timeout: 3 * time.Minute},
 		{pkg: "internal/uring", timeout: 3 * time.Minute},
 		{pkg: "internal/backing", timeout: 5 * time.Minute},
 		{pkg: "internal/front/ublk", timeout: 5 * time.Minute},
