@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -15,6 +16,7 @@ import (
 func newDaemon() *cobra.Command {
 	var state string
 	var nodes string
+	var compat []string
 	var asJSON, force bool
 	cmd := &cobra.Command{
 		Use:   "daemon",
@@ -37,13 +39,14 @@ not end the capture: that goes on in the kernel, and the next daemon takes over.
 			signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
 			defer signal.Stop(stop)
 			return daemon.Run(context.WithoutCancel(cmd.Context()), daemon.Config{StateDir: state, Socket: *socketFlagOf(cmd), Version: version, Log: log,
-				DeviceHelper: []string{self, "device-helper"}, SpliceGuard: []string{"/proc/self/exe"}, Nodes: nodes, Stop: stop, Force: force})
+				DeviceHelper: []string{self, "device-helper"}, SpliceGuard: []string{"/proc/self/exe"}, Nodes: nodes, Stop: stop, Force: force, Compat: compat})
 		},
 	}
 	socketFlag(cmd)
 	cmd.Flags().StringVar(&state, "state", "/var/lib/tidemark", "folder for groups and what waits for their vaults")
 	cmd.Flags().StringVar(&nodes, "nodes", "/dev/tidemark", "folder for the names of served devices")
 	cmd.Flags().BoolVar(&force, "force", false, "end on a signal also while served devices are open")
+	cmd.Flags().StringSliceVar(&compat, "compat", nil, "control devices of other systems to answer: "+strings.Join(daemon.Compat, ", "))
 	cmd.Flags().BoolVar(&asJSON, "json", false, "log JSON")
 	return cmd
 }

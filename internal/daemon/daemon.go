@@ -43,8 +43,10 @@ type Config struct {
 	// Nodes is the folder of the served devices' names; "" is /dev/tidemark.
 	Nodes string
 	// Stop asks the daemon to end. It is refused while served devices are open, unless Force.
-	Stop  <-chan os.Signal
-	Force bool
+	Stop <-chan os.Signal
+	// Compat names control devices of other systems that it answers, of Compat.
+	Compat []string
+	Force  bool
 }
 
 // What keeps a daemon from starting.
@@ -56,7 +58,8 @@ var (
 
 // Run runs the daemon until ctx ends. It shuts down in this order:
 //  1. the socket goes, so that nobody asks for anything new; requests under way
-//     get a moment (shutdownMax), then they are cut off;
+//     get a moment (shutdownMax), then they are cut off; the control devices of
+//     other systems go likewise;
 //  2. the served devices stop: those whose front can do so let requests wait;
 //  3. the groups stop, all at once, each after what its ring holds is durable in
 //     the spool; their taps stay and go on capturing;
@@ -67,6 +70,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	if cfg.Socket, err = filepath.Abs(cfg.Socket); err != nil {
 		return fmt.Errorf("socket: %w", err)
+	}
+	if err := checkCompat(cfg.Compat); err != nil {
+		return err
 	}
 	lock, err := openState(cfg.StateDir, cfg.Socket)
 	if err != nil {
@@ -96,6 +102,8 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer svc.stopDevices()
+	stopCompat := svc.startCompat(ctx, cfg.Compat)
+	defer stopCompat()
 	server := &http.Server{Handler: api.Handler(svc), ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(cfg.Log.Handler(), slog.LevelWarn)}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
