@@ -46,8 +46,8 @@ const (
 // once are tests that take long and that kernels do not answer differently: each
 // runs on one of them, and is left out on the one named here.
 var once = map[string]string{
-	debian61:  "^Test(FillUnderLoad|TableChanged|UnderLoad|LVM|GivenBack|GuardMakesWay|SpliceTables|ServedPulled)$",
-	debian612: "^Test(Pulled|Refused|ReconnectUnderLoad|OlderLayout)$",
+	debian61:  "^Test(FillUnderLoad|TableChanged|UnderLoad|LVM|Splice|GuardMakesWay|ServedPulled)$",
+	debian612: "^Test(Pulled|Refused|ReconnectUnderLoad|OlderLayout|SpliceTables)$",
 }
 
 func TestDebian61(t *testing.T)  { runGuest(t, debian61) }
