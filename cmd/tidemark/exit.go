@@ -80,6 +80,7 @@ func exitCode(ctx context.Context, err error) int {
 		is   error
 		code int
 	}{
+		{fs.ErrPermission, exitRefused}, // of whatever: no waiting mends it
 		{stream.ErrBadPoint, exitUsage}, {vault.ErrScheme, exitUsage}, {vault.ErrName, exitUsage},
 		{timeline.ErrInsideGap, exitInsideGap}, {timeline.ErrNoPoint, exitNotFound}, {timeline.ErrNoDisk, exitNotFound},
 		{vault.ErrNoGroup, exitNotFound}, {disk.ErrNotFound, exitNotFound}, {disk.ErrNotBlock, exitRefused}, {vault.ErrNotVault, exitNotAVault}, {segment.ErrDamaged, exitDamaged},
@@ -89,7 +90,7 @@ func exitCode(ctx context.Context, err error) int {
 		{vault.ErrUnreachable, exitUnreachable}, {daemon.ErrRunning, exitInUse}, {daemon.ErrCompat, exitUsage}, {daemon.ErrState, exitRefused}, {daemon.ErrSocket, exitRefused},
 		{nbd.ErrURI, exitUsage}, {nbd.ErrCertificates, exitUsage}, {nbd.ErrSocketInUse, exitInUse},
 		// Last, what the kernel says of a path that nothing above has a word for.
-		{unix.ENOSPC, exitUnreachable}, {fs.ErrNotExist, exitNotFound}, {fs.ErrPermission, exitRefused}, {unix.EROFS, exitRefused}, {unix.ENOTDIR, exitNotFound},
+		{unix.ENOSPC, exitUnreachable}, {fs.ErrNotExist, exitNotFound}, {unix.EROFS, exitRefused}, {unix.ENOTDIR, exitNotFound},
 	} {
 		if errors.Is(err, c.is) {
 			return c.code

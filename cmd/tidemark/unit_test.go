@@ -1,9 +1,15 @@
 package main
 
 import (
+	"fmt"
+	"io/fs"
 	"os"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"tidemark/internal/vault"
 )
 
 // TestUnitFile: what the unit file starts is a verb with flags that it has, and
@@ -50,4 +56,13 @@ func daemonDefault(t *testing.T, name string) string {
 		t.Fatal(err)
 	}
 	return verb.Flag(name).DefValue
+}
+
+// TestWithoutPermission: what no waiting mends is not told as a vault that is away.
+func TestWithoutPermission(t *testing.T) {
+	denied := fmt.Errorf("%w: %w", vault.ErrUnreachable, &fs.PathError{Op: "open", Path: "vault", Err: unix.EACCES})
+	away := fmt.Errorf("%w: %w", vault.ErrUnreachable, &fs.PathError{Op: "open", Path: "vault", Err: unix.EIO})
+	if a, b := exitCode(t.Context(), denied), exitCode(t.Context(), away); a != exitRefused || b != exitUnreachable {
+		t.Errorf("codes %d and %d", a, b)
+	}
 }
