@@ -8,7 +8,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 help:
 	@echo "make build     one binary: bin/tidemark"
-	@echo "make demo      protect a busy disk, ruin it, recover it (root)"
+	@echo "make demo      protect a busy disk, ruin it, recover it (without root: an image that is served)"
 	@echo "make test      every test that this machine can run"
 	@echo "make vm        only those in virtual machines with Debian's kernels"
 	@echo "make bench     benchmarks (docs/performance.md)"

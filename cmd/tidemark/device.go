@@ -33,7 +33,7 @@ happens when the daemon ends:
 		Example: "  tidemark device create --backing /srv/disk.img --name data\n  tidemark device ls",
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newDeviceCreate(), newDeviceList(), newDeviceRemove(), newDeviceResize(), newDeviceFilters(), newDeviceSplice(), newDeviceUnsplice())
+	cmd.AddCommand(newDeviceCreate(), newDeviceList(), newDeviceRemove(), newDeviceResize(), newDeviceFilters(), newDeviceSplice(), newDeviceUnsplice(), newDeviceWrite())
 	return cmd
 }
 

@@ -26,15 +26,20 @@ func newProtect() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use:   "protect --vault URL DEV...",
-		Short: "Protect live disks as one group",
+		Short: "Protect live disks, or served devices, as one group",
 		Long: `Taps the disks, mounted or not, keeps every write to them in order, and copies
 what they hold now. Disks of one group share one order: a point of the group is
 one instant over all of them. The vault is made if the folder is absent or empty.
 
+A device that Tidemark serves (tidemark device ls) is named by its name or by what
+device create printed. Its writes are captured by a filter in its stack, which
+needs neither root nor eBPF. A group is of disks or of served devices, not of both.
+
 Where the vault already holds a history of the same disks under this name, the
 history goes on: only what differs is copied.`,
 		Example: `  tidemark protect --vault /backup/vault --wait /dev/sdb
-  tidemark protect --vault /backup/vault --name db /dev/vg/data /dev/vg/log`,
+  tidemark protect --vault /backup/vault --name db /dev/vg/data /dev/vg/log
+  tidemark protect --vault /backup/vault --back-pressure --wait data`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			for _, size := range []struct {
 				flag, text string
@@ -58,7 +63,7 @@ history goes on: only what differs is copied.`,
 				return err
 			}
 			for _, dev := range args {
-				if strings.ContainsRune(dev, '/') {
+				if strings.ContainsRune(dev, '/') && !strings.Contains(dev, "://") {
 					if dev, err = filepath.Abs(dev); err != nil {
 						return err
 					}
@@ -96,6 +101,7 @@ history goes on: only what differs is copied.`,
 	f.StringVar(&spool, "spool-size", "", "bound of the local queue in front of the vault (default 4G)")
 	f.StringVar(&rate, "fill-rate", "", "bound on reading the disks while filling, bytes a second (default 400M)")
 	f.StringVar(&req.HookDir, "hook-dir", "", "folder of executables run with freeze and thaw around consistent bookmarks")
+	f.BoolVar(&req.BackPressure, "back-pressure", false, "a write waits for room in the ring (20s at most) instead of becoming a gap; served devices only")
 	f.BoolVar(&req.Force, "force", false, "accept shared disks and cluster file systems")
 	f.BoolVar(&req.MetadataOnly, "metadata-only", false, "keep ranges, never payloads, in the capture")
 	f.BoolVar(&asJSON, "json", false, "print JSON")

@@ -63,7 +63,8 @@ var (
 //  2. the served devices stop: those whose front can do so let requests wait;
 //  3. the groups stop, all at once, each after what its ring holds is durable in
 //     the spool; their taps stay and go on capturing;
-//  4. the state folder is let go, last: whoever takes it over finds nobody at work.
+//  4. the rings of served devices are let go; they stay for the next daemon;
+//  5. the state folder is let go, last: whoever takes it over finds nobody at work.
 func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.StateDir, err = filepath.Abs(cfg.StateDir); err != nil {
 		return fmt.Errorf("state folder: %w", err)
@@ -97,10 +98,12 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err := svc.open(); err != nil {
 		return err
 	}
-	defer svc.stop()
-	if svc.devices, err = serve.Open(ctx, &serve.Env{StateDir: cfg.StateDir, Nodes: cfg.Nodes, Helper: cfg.DeviceHelper, Guard: cfg.SpliceGuard, Log: cfg.Log, Taken: svc.takenByGroup}); err != nil {
+	if svc.devices, err = serve.Open(ctx, &serve.Env{StateDir: cfg.StateDir, Nodes: cfg.Nodes, Helper: cfg.DeviceHelper, Guard: cfg.SpliceGuard, Log: cfg.Log, Taken: svc.takenByGroup, Captures: svc.captures()}); err != nil {
 		return err
 	}
+	defer svc.closeDevices()
+	defer svc.stop()
+	svc.start() // when their served devices are there
 	defer svc.stopDevices()
 	stopCompat := svc.startCompat(ctx, cfg.Compat)
 	defer stopCompat()

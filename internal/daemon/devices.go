@@ -55,6 +55,9 @@ func (s *service) Splice(ctx context.Context, r api.SpliceRequest) (api.Device, 
 }
 
 func (s *service) Unsplice(ctx context.Context, name string) error {
+	if group := s.devices.CapturedBy(name); group != "" {
+		return coded(fmt.Errorf("%s: %w by the group %s, which protects it: tidemark unprotect %[3]s", name, serve.ErrInUse, group))
+	}
 	return coded(s.devices.Unsplice(ctx, name))
 }
 

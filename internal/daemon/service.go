@@ -47,7 +47,7 @@ type service struct {
 
 var _ api.Service = (*service)(nil)
 
-// open starts the groups that the state folder knows.
+// open finds the groups that the state folder knows.
 func (s *service) open() error {
 	entries, err := os.ReadDir(filepath.Join(s.env.StateDir, "groups"))
 	if err != nil {
@@ -66,6 +66,14 @@ func (s *service) open() error {
 		s.groups[e.Name()] = g
 	}
 	return nil
+}
+
+// start has them work.
+func (s *service) start() {
+	s.env.Served = servedDevices{s.devices}
+	for _, g := range s.list() {
+		g.Start()
+	}
 }
 
 func (s *service) stop() {
@@ -126,7 +134,7 @@ func (s *service) Protect(ctx context.Context, r api.ProtectRequest) (api.Group,
 	}
 	g, err := protect.Create(ctx, s.env, protect.Request{Name: r.Name, Vault: r.Vault, Devices: r.Devices, Settings: protect.Settings{
 		RingBytes: int(r.RingBytes), SegmentBytes: int(r.SegmentBytes), SealEvery: time.Duration(r.SealMillis) * time.Millisecond,
-		SpoolBytes: r.SpoolBytes, FillRate: r.FillRate, HookDir: r.HookDir, Metadata: r.MetadataOnly, Force: r.Force,
+		SpoolBytes: r.SpoolBytes, FillRate: r.FillRate, HookDir: r.HookDir, Metadata: r.MetadataOnly, BackPressure: r.BackPressure, Force: r.Force,
 	}}, others)
 	if err != nil {
 		return api.Group{}, coded(err)
@@ -224,6 +232,7 @@ func coded(err error) error {
 		{protect.ErrRefused, api.CodeRefused, ""},
 		{protect.ErrOtherDisks, api.CodeRefused, "Give another --name."},
 		{protect.ErrNoHooks, api.CodeRefused, "Give hooks, or ask for less consistency."},
+		{protect.ErrNotFrozen, api.CodeRefused, "Ask for --consistency crash."},
 		{freeze.ErrForeign, api.CodeInUse, ""},
 		{freeze.ErrUnsupported, api.CodeRefused, "Ask for --consistency crash."},
 		{freeze.ErrOwn, api.CodeRefused, "Put state and vault on another file system."},

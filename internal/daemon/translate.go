@@ -8,7 +8,7 @@ import (
 // groupOf says in the API's words how a group is.
 func groupOf(s protect.Status) api.Group {
 	out := api.Group{
-		Name: s.Name, State: api.State(s.State), Mode: api.Mode(s.Mode), WayIn: "tap", Vault: s.Vault,
+		Name: s.Name, State: api.State(s.State), Mode: api.Mode(s.Mode), WayIn: s.WayIn, Vault: s.Vault,
 		ConsistentSince: s.ConsistentSince, CapturedPosition: s.Captured, DurablePosition: s.Durable, LagSeconds: s.Lag.Seconds(),
 		RingBytes: s.Ring, RingUsedBytes: s.RingUsed, SpoolBytes: s.Spool, Conditions: s.Conditions,
 	}

@@ -15,8 +15,9 @@ type Identity struct {
 	PTUUID    string `json:"ptuuid,omitempty"`    // of the partition table on a whole disk
 	FSUUID    string `json:"fsuuid,omitempty"`    // of the file system directly on it, lower case
 	DMUUID    string `json:"dm_uuid,omitempty"`
-	Size      int64  `json:"size"` // bytes
-	Name      string `json:"name"` // kernel name
+	Served    string `json:"served,omitempty"` // of a device that Tidemark serves: its name and its backing
+	Size      int64  `json:"size"`             // bytes
+	Name      string `json:"name"`             // kernel name
 	DiskSeq   uint64 `json:"diskseq,omitempty"`
 	BootID    string `json:"boot_id,omitempty"` // the boot in which DiskSeq counts
 }
@@ -31,6 +32,9 @@ func Same(a, b Identity) (bool, string) {
 	}
 	if a.Partition != 0 && a.PartUUID != "" && b.PartUUID != "" && a.PartUUID != b.PartUUID {
 		return false, fmt.Sprintf("partition UUID %s is not %s", a.PartUUID, b.PartUUID)
+	}
+	if a.Served != "" || b.Served != "" {
+		return a.Served == b.Served && a.Size == b.Size, fmt.Sprintf("served device %q with %d bytes, and %q with %d", a.Served, a.Size, b.Served, b.Size)
 	}
 	for _, c := range []struct{ what, a, b string }{
 		{"device-mapper UUID", a.DMUUID, b.DMUUID},
@@ -80,7 +84,7 @@ func sameContent(a, b Identity) (bool, string) {
 // String is the strongest name, for people.
 func (i Identity) String() string {
 	for _, c := range []struct{ prefix, value string }{
-		{"dm:", i.DMUUID}, {"partuuid:", i.PartUUID}, {"", i.ByID}, {"ptuuid:", i.PTUUID}, {"uuid:", i.FSUUID},
+		{"served:", i.Served}, {"dm:", i.DMUUID}, {"partuuid:", i.PartUUID}, {"", i.ByID}, {"ptuuid:", i.PTUUID}, {"uuid:", i.FSUUID},
 	} {
 		if c.value != "" {
 			return c.prefix + c.value

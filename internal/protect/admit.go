@@ -50,6 +50,9 @@ func (c *Config) claim(ctx context.Context, env *Env, v *vault.Vault, groups []*
 	if err := lock.Unlock(); err != nil {
 		return err
 	}
+	if c.Served() {
+		return nil // nobody else can have a device of this daemon's
+	}
 	pins, err := tap.Pinned()
 	if err != nil {
 		return err
@@ -84,6 +87,6 @@ func foreign(p tap.Pin, i *disk.Info) error {
 
 // clearLeftovers removes what a protect left that was killed before it was
 // durable. Where the vault has the group's history, what is there may follow it.
-func clearLeftovers(env *Env, name string) error {
-	return errors.Join(tap.Discard(env.Instance, name), os.RemoveAll(env.dir(name)))
+func clearLeftovers(env *Env, c *Config) error {
+	return errors.Join(c.wayIn(env).discard(), os.RemoveAll(env.dir(c.Name)))
 }

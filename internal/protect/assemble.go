@@ -7,20 +7,16 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
-	"strings"
-
-	"golang.org/x/sys/unix"
 
 	"tidemark/internal/block"
 	"tidemark/internal/disk"
 	"tidemark/internal/fill"
 	"tidemark/internal/health"
 	"tidemark/internal/segment"
+	"tidemark/internal/source"
 	"tidemark/internal/spool"
 	"tidemark/internal/stream"
-	"tidemark/internal/tap"
 	"tidemark/internal/timeline"
 	"tidemark/internal/vault"
 )
@@ -31,6 +27,7 @@ type Env struct {
 	Instance string // names the pins that are this daemon's
 	Holder   vault.Holder
 	Log      *slog.Logger
+	Served   Served // nil: there are no served devices
 }
 
 func (e *Env) dir(group string) string { return filepath.Join(e.StateDir, "groups", group) }
@@ -42,16 +39,16 @@ func (e *Env) dir(group string) string { return filepath.Join(e.StateDir, "group
 //  2. the spool: what is in it goes to the vault, whatever became of the disks;
 //  3. the disks, found again by their identity;
 //  4. the history;
-//  5. the tap: the pinned one if it fits, otherwise a new one and a gap.
+//  5. the source: the one of before if it fits, otherwise a new one and a gap.
 //
-// Where the pinned tap does not fit, or disks are gone, what its ring holds is
+// Where the one of before does not fit, or disks are gone, what its ring holds is
 // moved into the history before anything else (salvage).
 func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *session, err error) {
 	settings, err := cfg.Settings.withDefaults()
 	if err != nil {
 		return nil, err
 	}
-	s = &session{cfg: cfg, settings: settings, stateDir: env.StateDir, log: env.Log, health: h, waiters: map[uint64]*waiter{}, names: map[string]bool{},
+	s = &session{cfg: cfg, way: cfg.wayIn(env), settings: settings, stateDir: env.StateDir, log: env.Log, health: h, waiters: map[uint64]*waiter{}, names: map[string]bool{},
 		tokens:   rand.Uint64(), // the ring may hold bookmarks of a daemon before this one
 		requests: make(chan request), uevents: make(chan disk.Uevent, 16), over: make(chan struct{}), builder: segment.NewBuilder(settings.SegmentBytes)}
 	var undo []func() error
@@ -88,24 +85,21 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 		return s, err
 	}
 	if err = s.identify(); err != nil {
-		return s, errors.Join(err, s.salvagePinned(ctx, env), noteGone(env, cfg))
+		return s, errors.Join(err, s.salvageStranded(ctx), s.way.gone())
 	}
 	history, err := s.history(ctx)
 	if err != nil {
 		return s, err
 	}
-	if history, err = s.openTap(ctx, env, history); err != nil {
+	if history, err = s.openSource(ctx, history); err != nil {
 		return s, err
 	}
-	undo = append(undo, s.tap.Close)
-	if err = tap.SetOwner(env.Instance, cfg.Name, env.StateDir); err != nil {
-		return s, err
-	}
+	undo = append(undo, s.source.Close)
 	files, err := s.openDisks()
 	if err != nil {
 		return s, err
 	}
-	s.filler = newFiller(files, settings.FillRate, s.tap.Producer)
+	s.filler = newFiller(files, s.diskNames(), settings.FillRate, s.source.Producer)
 	undo = append(undo, func() error { return errors.Join(closeAll(files), s.filler.closeBases()) })
 	return s, s.resume(ctx, history)
 }
@@ -113,11 +107,11 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 // identify finds the disks, and notes how they are called in segments. Where it
 // fails they are called as they were when they were protected.
 func (s *session) identify() (err error) {
-	s.disks, err = findDisks(s.cfg)
+	s.disks, err = s.way.find()
 	for i, d := range s.cfg.Disks {
 		id := d.Identity
 		if err == nil {
-			id = s.disks[i].Identity
+			id = s.disks[i].identity()
 		}
 		text, failed := json.Marshal(id)
 		if failed != nil {
@@ -128,55 +122,12 @@ func (s *session) identify() (err error) {
 	return err
 }
 
-func closeAll(files []*os.File) error {
+func closeAll(files []reader) error {
 	var errs []error
 	for _, f := range files {
 		errs = append(errs, f.Close())
 	}
 	return errors.Join(errs...)
-}
-
-// findDisks looks the group's disks up under the names they have now.
-func findDisks(cfg *Config) ([]*disk.Info, error) {
-	var out []*disk.Info
-	for _, d := range cfg.Disks {
-		i, err := find(d)
-		if err != nil {
-			return nil, err
-		}
-		if i.Size != d.Size {
-			return nil, fmt.Errorf("disk %s has %d bytes and had %d when it was protected: unprotect the group and protect it again: %w", d.Name, i.Size, d.Size, ErrOffline)
-		}
-		out = append(out, i)
-	}
-	return out, nil
-}
-
-func find(d DiskConfig) (*disk.Info, error) {
-	if i, err := disk.Inspect(d.Path); err == nil {
-		if sameDisk(d.Identity, i.Identity) {
-			return i, nil
-		}
-		resized := i.Identity
-		resized.Size = d.Identity.Size
-		if i.Size > 0 && sameDisk(d.Identity, resized) {
-			return i, nil // findDisks says what it is about its size
-		}
-	}
-	names, err := os.ReadDir("/sys/class/block")
-	if err != nil {
-		return nil, err
-	}
-	for _, n := range names {
-		i, err := disk.Inspect("/dev/" + strings.ReplaceAll(n.Name(), "!", "/"))
-		if err != nil {
-			continue // without medium, or gone
-		}
-		if sameDisk(d.Identity, i.Identity) {
-			return i, nil
-		}
-	}
-	return nil, fmt.Errorf("disk %s (%s) is not on this machine: %w", d.Name, d.Identity, ErrOffline)
 }
 
 // shipSpool carries what the spool holds to the vault.
@@ -217,92 +168,36 @@ func (s *session) history(ctx context.Context) (*timeline.History, error) {
 	return h, nil
 }
 
-func (s *session) targets() []tap.Target {
-	var out []tap.Target
-	for i, d := range s.disks {
-		out = append(out, tap.Target{Name: s.cfg.Disks[i].Name, Whole: d.WholeDev, Start: d.Start, Len: d.Size, DiskSeq: d.DiskSeq,
-			BlockSize: s.cfg.Disks[i].BlockSize, BioBased: d.BioBased, Pass: passthrough(d, s.log)})
-	}
-	return out
-}
-
-// passthrough says how to tell the commands that a disk gets past the block layer.
-func passthrough(d *disk.Info, log *slog.Logger) tap.Passthrough {
-	var kind uint32
-	switch d.Kind {
-	case disk.Loop, disk.DM, disk.MD, disk.Zram, disk.Brd, disk.Pmem, disk.NBD, disk.Ublk:
-		return tap.Passthrough{Kind: tap.PassNone}
-	case disk.SCSI:
-		kind = tap.PassSCSI
-	case disk.NVMe:
-		kind = tap.PassNVMe
-	default:
-		return tap.Passthrough{Kind: tap.PassUnknown}
-	}
-	p, err := tap.FindPassthrough(kind)
+// openSource goes on with the source of before where it sees these very disks.
+// Where it does not, a new one takes its place; the history is then as salvage left it.
+func (s *session) openSource(ctx context.Context, h *timeline.History) (*timeline.History, error) {
+	src, fits, err := s.way.adopt(s.disks)
 	if err != nil {
-		log.Warn("commands past the block layer cannot be told apart: each that sends data counts as a write", "disk", d.Name, "error", err)
-	}
-	return p
-}
-
-// openTap adopts the pinned tap where it sees these very disks. Where it does
-// not, a new one takes its place; the history is then as salvage left it.
-func (s *session) openTap(ctx context.Context, env *Env, h *timeline.History) (*timeline.History, error) {
-	pin := s.cfg.Name
-	t, err := tap.Adopt(env.Instance, pin)
-	switch {
-	case err == nil && sameTargets(t.Targets(), s.targets()):
-		s.tap = t
-		return h, nil
-	case err == nil:
-		s.tap = t
-		if h, err = s.salvage(ctx, h); err != nil {
-			return h, errors.Join(err, t.Close())
+		if src != nil {
+			err = errors.Join(err, src.Close())
 		}
-		err = t.Remove()
-	case passing(err):
-		return h, err // its ring may hold what is nowhere else
-	default:
-		if !errors.Is(err, tap.ErrNoPins) {
-			s.log.Warn("the pinned tap cannot be taken over", "group", s.cfg.Name, "error", err)
-		}
-		err = tap.Discard(env.Instance, pin)
-	}
-	if err != nil {
 		return h, err
 	}
-	s.tap, err = tap.Start(tap.Config{Instance: env.Instance, Group: pin, RingBytes: s.settings.RingBytes, Targets: s.targets(),
-		Options: tap.Options{MetadataOnly: s.settings.Metadata}})
+	s.source = src
+	if fits {
+		return h, nil
+	}
+	if src != nil {
+		if h, err = s.salvage(ctx, h); err != nil {
+			return h, errors.Join(err, src.Close())
+		}
+		if err := src.Close(); err != nil {
+			return h, err
+		}
+	}
+	s.source, err = s.way.renew(s.disks)
 	return h, err
 }
 
-// passing says whether an error tells of a lack that waiting may mend.
-func passing(err error) bool {
-	for _, e := range []error{unix.ENOMEM, unix.EMFILE, unix.ENFILE, unix.EAGAIN, unix.EINTR, unix.EIO} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
-}
-
-func sameTargets(a, b []tap.Target) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] {
-			return false
-		}
-	}
-	return true
-}
-
-func (s *session) openDisks() ([]*os.File, error) {
-	var out []*os.File
+func (s *session) openDisks() ([]reader, error) {
+	var out []reader
 	for _, d := range s.disks {
-		f, err := openDirect(d.Path)
+		f, err := d.open()
 		if err != nil {
 			return nil, errors.Join(err, closeAll(out))
 		}
@@ -319,15 +214,15 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 		whole = append(whole, block.DiskRange{Disk: i, Range: block.Range{Len: d.Size}})
 	}
 	s.engine = fill.New(s.sizes())
-	s.mode = newMode(s.tap.PayloadCaptured())
-	s.place, s.skipBefore, s.seenDrops = s.tap.Consumer(), 0, 0
+	s.mode = newMode(s.source.PayloadCaptured())
+	s.place, s.skipBefore, s.seenDrops = s.source.Consumer(), 0, 0
 	s.gapOpen, s.settled = false, 0
-	c, err := s.tap.Counters()
+	c, err := s.source.Counters()
 	if err != nil {
 		return err
 	}
 	s.untold = untoldOf(c)
-	if !s.tap.PayloadCaptured() {
+	if !s.source.PayloadCaptured() {
 		s.metadataMode()
 	} else {
 		s.health.Clear("metadata-mode", s.cfg.Name)
@@ -339,7 +234,7 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 			if !s.gapOpen {
 				return s.changedMeanwhile()
 			}
-			if err := s.tap.SetEnds(true); err != nil { // before the producer's place is noted
+			if err := s.source.SetEnds(true); err != nil { // before the producer's place is noted
 				return err
 			}
 			for i := range s.cfg.Disks {
@@ -355,33 +250,23 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 	}
 	s.gapCause = cause
 	s.lastTime = max(s.lastTime, 1)
-	return s.openGap(cause, whole, s.tap.Drops())
+	return s.openGap(cause, whole, s.source.Drops())
 }
 
 // changedMeanwhile looks whether the disks still map to what they did when the
 // last session looked at them, and whether only writes happened since.
 func (s *session) changedMeanwhile() error {
-	if note := s.tap.Note(); note == "" || note == s.fingerprint() {
+	if note := s.source.Note(); note == "" || note == s.fingerprint() {
 		return nil
 	}
 	s.place = max(s.place, s.skipBefore) // where the position is what it is
 	return s.unknownTerritory("a disk was changed, or written past the capture, while nobody looked")
 }
 
-// noteGone has changedMeanwhile find a change where disks that are not as they
-// were come back to the pinned tap.
-func noteGone(env *Env, cfg *Config) error {
-	err := tap.SetNote(env.Instance, cfg.Name, "gone")
-	if errors.Is(err, tap.ErrNoPins) || errors.Is(err, tap.ErrLayout) {
-		return nil // there will be another tap
-	}
-	return err
-}
-
 // metadataMode says that payloads are not captured, and why.
 func (s *session) metadataMode() {
 	s.health.Raise(health.Condition{Code: "metadata-mode", Severity: health.Warning, Subject: s.cfg.Name,
-		Detail: fmt.Sprintf("Payloads are not captured: only the ranges of writes are kept, and points exist only while the disks are idle. The reason: %v.", s.tap.WhyNoPayload()),
+		Detail: fmt.Sprintf("Payloads are not captured: only the ranges of writes are kept, and points exist only while the disks are idle. The reason: %v.", s.source.WhyNoPayload()),
 		Remedy: "Restart the daemon to try again; tidemark doctor says what this machine can do."})
 }
 
@@ -390,10 +275,10 @@ func (s *session) metadataMode() {
 // what was between them is lost.
 func (s *session) continues(h *timeline.History) bool {
 	last := h.Last()
-	if last.Source.Ring != s.tap.Identity() || s.tap.Consumer() > tap.Place(last.Source.Place) {
+	if last.Source.Ring != s.source.Identity() || s.source.Consumer() > source.Place(last.Source.Place) {
 		return false
 	}
-	s.skipBefore, s.seenDrops = tap.Place(last.Source.Place), last.Source.Drops
+	s.skipBefore, s.seenDrops = source.Place(last.Source.Place), last.Source.Drops
 	s.gapSince, s.settled = last.GapSince, last.Settled
 	s.gapOpen = last.Settled == 0
 	return true
@@ -419,7 +304,7 @@ func (s *session) reopen(i int, ranges []block.Range) {
 	for _, r := range ranges {
 		open = append(open, block.DiskRange{Disk: i, Range: r})
 	}
-	s.engine.Open(open, fill.Place(s.tap.Producer()))
+	s.engine.Open(open, fill.Place(s.source.Producer()))
 }
 
 // useBase has fills compared with the newest point that the vault holds, so
@@ -441,4 +326,11 @@ func (s *session) useBase(ctx context.Context, h *timeline.History) {
 		}
 		s.filler.bases[i] = v
 	}
+}
+
+func (s *session) diskNames() (out []string) {
+	for _, d := range s.cfg.Disks {
+		out = append(out, d.Name)
+	}
+	return out
 }

@@ -7,9 +7,9 @@ import (
 	"time"
 
 	"tidemark/internal/freeze"
+	"tidemark/internal/source"
 	"tidemark/internal/spool"
 	"tidemark/internal/stream"
-	"tidemark/internal/tap"
 )
 
 // Bookmarked says where a bookmark came to lie.
@@ -31,7 +31,7 @@ type waiter struct {
 
 // takeBookmark gives a bookmark its position, or lets it go where it did not get
 // what was asked of it.
-func (s *session) takeBookmark(r *tap.Record) error {
+func (s *session) takeBookmark(r *source.Record) error {
 	w := s.waiters[r.Token]
 	if w != nil && w.name != r.Name {
 		w = nil // an earlier daemon's, that had the same token
@@ -94,7 +94,7 @@ func (s *session) settleBookmarks(err error) {
 
 // Bookmark puts a bookmark over all disks of the group and returns when it is
 // durable on this machine. Errors: ErrInsideGap, ErrBookmarkExists, ErrOffline,
-// tap.ErrRingFull, spool.ErrFull, and those of the freeze.
+// source.ErrFull, spool.ErrFull, and those of the freeze.
 func (g *Group) Bookmark(ctx context.Context, name string, want stream.Consistency) (Bookmarked, error) {
 	if err := stream.CheckBookmarkName(name); err != nil {
 		return Bookmarked{}, fmt.Errorf("%w: %w", err, ErrSettings)
@@ -143,9 +143,9 @@ func (s *session) admit(w *waiter) error {
 
 // mark puts the bookmark into the ring, inside a freeze where one is wanted.
 func (s *session) mark(ctx context.Context, w *waiter) error {
-	m := tap.Mark{Name: w.name, Consistency: w.want, Token: w.token}
+	m := source.Mark{Name: w.name, Consistency: w.want, Token: w.token}
 	if w.want == stream.Crash {
-		_, err := s.tap.Bookmark(m)
+		_, err := s.source.Bookmark(m)
 		return err
 	}
 	frozen, err := s.freeze(ctx, w.want)
@@ -153,7 +153,7 @@ func (s *session) mark(ctx context.Context, w *waiter) error {
 		w.verdict <- false
 		return err
 	}
-	_, err = s.tap.Bookmark(m)
+	_, err = s.source.Bookmark(m)
 	if err == nil && !frozen.Still() {
 		err = freeze.ErrNotHeld
 	}
@@ -174,14 +174,12 @@ func (s *session) freeze(ctx context.Context, want stream.Consistency) (*freeze.
 		return nil, fmt.Errorf("the group has no folder of hooks (protect --hook-dir): %w", ErrNoHooks)
 	}
 	r := freeze.Request{HookDir: s.settings.HookDir, Own: []string{s.stateDir, vaultFolder(s.cfg.Vault)}}
-	for _, d := range s.cfg.Disks {
-		i, err := find(d)
+	for _, d := range s.disks {
+		points, err := d.mounts()
 		if err != nil {
 			return nil, err
 		}
-		for _, m := range i.Mounts {
-			r.Mounts = append(r.Mounts, m.Point)
-		}
+		r.Mounts = append(r.Mounts, points...)
 	}
 	return freeze.Freeze(ctx, r)
 }

@@ -5,8 +5,8 @@ import (
 	"testing"
 
 	"tidemark/internal/segment"
+	"tidemark/internal/source"
 	"tidemark/internal/stream"
-	"tidemark/internal/tap"
 )
 
 func bookmarking() *session {
@@ -26,7 +26,7 @@ func TestSameNameTwiceInTheRing(t *testing.T) {
 	take := func(s *session) stream.Position {
 		t.Helper()
 		for token := uint64(1); token <= 2; token++ {
-			if err := s.takeBookmark(&tap.Record{Kind: tap.Bookmark, Name: "noon", Token: token}); err != nil {
+			if err := s.takeBookmark(&source.Record{Kind: source.Bookmark, Name: "noon", Token: token}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -52,8 +52,8 @@ func TestTokenOfAnEarlierDaemon(t *testing.T) {
 	s := bookmarking()
 	w := s.waitFor(1, "new")
 	w.verdict <- true
-	for _, r := range []tap.Record{{Name: "old", Token: 1}, {Name: "older", Token: 1, Consistency: stream.Filesystem}} {
-		r.Kind = tap.Bookmark
+	for _, r := range []source.Record{{Name: "old", Token: 1}, {Name: "older", Token: 1, Consistency: stream.Filesystem}} {
+		r.Kind = source.Bookmark
 		if err := s.takeBookmark(&r); err != nil {
 			t.Fatal(err)
 		}

@@ -17,16 +17,22 @@ type ChangeMap struct {
 	changed    []byte
 }
 
-// ChangeMaps copies the change maps of the group's disks. ErrOffline: there is no tap.
+// ChangeMaps copies the change maps of the group's disks, of which served ones have none here. ErrOffline: there is no tap.
 func (g *Group) ChangeMaps(ctx context.Context) (out []ChangeMap, err error) {
 	s := g.current()
 	if s == nil {
 		return nil, g.offlineError()
 	}
+	marked, ok := s.source.(interface {
+		ChangeMap(disk int) (numbers []byte, blockSize int64)
+	})
+	if !ok {
+		return nil, nil // served devices have maps of their own
+	}
 	err = s.ask(ctx, func() error {
-		ident := s.tap.Identity()
+		ident := s.source.Identity()
 		for i, d := range s.cfg.Disks {
-			numbers, size := s.tap.ChangeMap(i)
+			numbers, size := marked.ChangeMap(i)
 			out = append(out, ChangeMap{d.Name, d.Size, size, hex.EncodeToString(ident[:]), append([]byte(nil), numbers...)})
 		}
 		return nil

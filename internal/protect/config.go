@@ -23,7 +23,8 @@ type Settings struct {
 	FillRate     int64         `json:"fill_rate"` // bytes a second read from the disks while filling
 	HookDir      string        `json:"hook_dir,omitempty"`
 	Metadata     bool          `json:"metadata_only,omitempty"`
-	Force        bool          `json:"force,omitempty"` // shared disks and cluster file systems were accepted
+	BackPressure bool          `json:"back_pressure,omitempty"` // writes wait for room in the ring; served devices only
+	Force        bool          `json:"force,omitempty"`         // shared disks and cluster file systems were accepted
 }
 
 // Bounds and defaults of Settings.
@@ -82,6 +83,7 @@ type DiskConfig struct {
 	Size       int64         `json:"size"`
 	SectorSize int64         `json:"sector_size"`
 	BlockSize  int64         `json:"block_size"`
+	Served     string        `json:"served,omitempty"` // name of the served device; empty: a disk that is tapped
 }
 
 const configName = "group.json"

@@ -12,6 +12,7 @@ var (
 	ErrBookmarkExists = errors.New("the name is taken in this group's history")
 	ErrOffline        = errors.New("the group is offline")
 	ErrNoHooks        = errors.New("application consistency needs hooks")
+	ErrNotFrozen      = errors.New("there is nothing that could be frozen")
 	ErrInUse          = errors.New("in use")
 	ErrOtherDisks     = errors.New("the vault holds a history of other disks under this name")
 )

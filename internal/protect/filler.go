@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"syscall"
 	"time"
 	"unsafe"
 
@@ -16,8 +14,8 @@ import (
 
 	"tidemark/internal/block"
 	"tidemark/internal/fill"
+	"tidemark/internal/source"
 	"tidemark/internal/stream"
-	"tidemark/internal/tap"
 )
 
 const (
@@ -39,7 +37,7 @@ type reading struct {
 	job    fill.Job
 	buf    []byte // aligned for O_DIRECT
 	pieces []piece
-	end    tap.Place // the ring's producer after the read
+	end    source.Place // the ring's producer after the read
 	err    error
 }
 
@@ -51,21 +49,22 @@ type filler struct {
 	out     map[fill.ID]*reading // handed out, by job
 	free    []*reading
 	limit   *rate.Limiter
-	disks   []*os.File
+	disks   []reader
+	names   []string
 	bases   []block.Device // what the vault holds from before the gap, by disk; nil where nothing does
 	base    stream.Position
 	scratch chan []byte
-	end     func() tap.Place
+	end     func() source.Place
 	pause   time.Time // nothing is handed out before: a disk that fails is not asked all the time
 }
 
 // failedPause is how long a failed read keeps the next ones waiting.
 const failedPause = time.Second
 
-func newFiller(disks []*os.File, bytesPerSecond int64, end func() tap.Place) *filler {
+func newFiller(disks []reader, names []string, bytesPerSecond int64, end func() source.Place) *filler {
 	f := &filler{
 		jobs: make(chan *reading, jobsAtOnce), results: make(chan *reading, jobsAtOnce), out: map[fill.ID]*reading{},
-		limit: rate.NewLimiter(rate.Limit(bytesPerSecond), jobBytes*2), disks: disks, bases: make([]block.Device, len(disks)),
+		limit: rate.NewLimiter(rate.Limit(bytesPerSecond), jobBytes*2), disks: disks, names: names, bases: make([]block.Device, len(disks)),
 		scratch: make(chan []byte, fillWorkers), end: end,
 	}
 	for range jobsAtOnce {
@@ -75,12 +74,6 @@ func newFiller(disks []*os.File, bytesPerSecond int64, end func() tap.Place) *fi
 		f.scratch <- make([]byte, jobBytes)
 	}
 	return f
-}
-
-// open opens a disk for reading beside its page cache: a mounted file system's
-// writes go past that cache, and what it holds may be old.
-func openDirect(path string) (*os.File, error) {
-	return os.OpenFile(path, os.O_RDONLY|syscall.O_DIRECT, 0)
 }
 
 // work serves jobs until the channel is closed.
@@ -102,7 +95,7 @@ func (f *filler) read(ctx context.Context, r *reading) error {
 	}
 	r.buf = r.buf[:n]
 	if _, err := f.disks[r.job.Disk].ReadAt(r.buf, r.job.Range.Off); err != nil {
-		return fmt.Errorf("reading %s at %s: %w", f.disks[r.job.Disk].Name(), r.job.Range, err)
+		return fmt.Errorf("reading %s at %s: %w", f.names[r.job.Disk], r.job.Range, err)
 	}
 	return f.classify(r)
 }

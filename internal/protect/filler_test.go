@@ -7,7 +7,7 @@ import (
 
 	"tidemark/internal/block"
 	"tidemark/internal/fill"
-	"tidemark/internal/tap"
+	"tidemark/internal/source"
 )
 
 // noisyBase notes when it is read, which is after the disk is.
@@ -34,7 +34,7 @@ func TestEndIsAfterTheRead(t *testing.T) {
 	}
 	defer disk.Close()
 	read := false
-	f := newFiller([]*os.File{disk}, 1<<30, func() tap.Place {
+	f := newFiller([]reader{disk}, []string{"disk"}, 1<<30, func() source.Place {
 		if read {
 			return 2
 		}

@@ -68,7 +68,7 @@ func Create(ctx context.Context, env *Env, r Request, others []*Config) (*Group,
 		err = cfg.claim(ctx, env, v, others)
 	}
 	if err == nil && !goesOn {
-		err = clearLeftovers(env, cfg.Name)
+		err = clearLeftovers(env, cfg)
 	}
 	if err != nil {
 		return nil, err
@@ -84,23 +84,24 @@ func Create(ctx context.Context, env *Env, r Request, others []*Config) (*Group,
 		}
 	}
 	if err != nil {
-		return nil, errors.Join(err, tap.Discard(env.Instance, cfg.Name), os.RemoveAll(dir))
+		return nil, errors.Join(err, cfg.wayIn(env).discard(), os.RemoveAll(dir))
 	}
 	g.start(s)
 	return g, nil
 }
 
-// Open starts a group that this daemon knows from before. It does not fail where
-// its disks or vault are away: the group is offline until they are back.
+// Open gives a group that this daemon knows from before; Start has it work.
 func Open(env *Env, name string) (*Group, error) {
 	cfg, err := LoadConfig(env.dir(name))
 	if err != nil {
 		return nil, err
 	}
-	g := &Group{env: env, cfg: cfg, done: make(chan struct{})}
-	g.start(nil)
-	return g, nil
+	return &Group{env: env, cfg: cfg, done: make(chan struct{})}, nil
 }
+
+// Start has a group of Open work. It does not fail where its disks or vault are
+// away: the group is offline until they are back.
+func (g *Group) Start() { g.start(nil) }
 
 func configure(env *Env, r Request, others []*Config) (*Config, error) {
 	settings, err := r.Settings.withDefaults()
@@ -114,30 +115,45 @@ func configure(env *Env, r Request, others []*Config) (*Config, error) {
 	if len(r.Devices) == 0 || len(r.Devices) > tap.DisksMax {
 		return nil, fmt.Errorf("%d devices: want 1 to %d in a group: %w", len(r.Devices), tap.DisksMax, ErrSettings)
 	}
-	var infos []*disk.Info
-	taken := disksOf(others)
+	devices, err := servedOf(env, r)
+	if err != nil {
+		return nil, err
+	}
+	taken := disksOf(env, others)
 	folders := written(env, r.Vault, others, taken)
-	for _, dev := range r.Devices {
-		i, err := disk.Inspect(dev)
-		if err != nil {
-			return nil, err
-		}
-		if err := admit(i, r, folders, taken); err != nil {
-			return nil, err
-		}
-		infos, taken = append(infos, i), append(taken, occupied{i, ""})
-		cfg.Disks = append(cfg.Disks, DiskConfig{Name: i.Name, Path: i.Path, Identity: i.Identity, Size: i.Size, SectorSize: i.LogicalSector, BlockSize: blockSize(i.Size)})
+	if len(devices) > 0 {
+		err = cfg.admitServed(env, r, devices, folders, taken, others)
+	} else {
+		err = cfg.admitTapped(r, folders, taken)
+	}
+	if err != nil {
+		return nil, err
 	}
 	if cfg.Name == "" {
-		if len(infos) > 1 {
-			return nil, fmt.Errorf("a group of %d disks needs a name (--name): %w", len(infos), ErrSettings)
+		if len(cfg.Disks) > 1 {
+			return nil, fmt.Errorf("a group of %d disks needs a name (--name): %w", len(cfg.Disks), ErrSettings)
 		}
-		cfg.Name = infos[0].Name
+		cfg.Name = cfg.Disks[0].Name
 		if err := vault.CheckName(cfg.Name); err != nil {
 			return nil, fmt.Errorf("the disk's own name does not do for the group's, give --name: %w", err)
 		}
 	}
 	return cfg, vault.CheckName(cfg.Name)
+}
+
+func (c *Config) admitTapped(r Request, folders []string, taken []occupied) error {
+	for _, dev := range r.Devices {
+		i, err := disk.Inspect(dev)
+		if err != nil {
+			return err
+		}
+		if err := admit(i, r, folders, taken); err != nil {
+			return err
+		}
+		taken = append(taken, occupied{i, ""})
+		c.Disks = append(c.Disks, DiskConfig{Name: i.Name, Path: i.Path, Identity: i.Identity, Size: i.Size, SectorSize: i.LogicalSector, BlockSize: blockSize(i.Size)})
+	}
+	return nil
 }
 
 // occupied is a disk that a new one must not lie in one stack with.
@@ -146,11 +162,11 @@ type occupied struct {
 	group string // empty: the new disk's own
 }
 
-func disksOf(groups []*Config) []occupied {
+func disksOf(env *Env, groups []*Config) []occupied {
 	var out []occupied
 	for _, g := range groups {
 		for _, d := range g.Disks {
-			if i, err := find(d); err == nil {
+			if i, err := infoOf(env, d); err == nil {
 				out = append(out, occupied{i, g.Name})
 			}
 		}
@@ -168,8 +184,17 @@ func admit(i *disk.Info, r Request, folders []string, others []occupied) error {
 		if r.Settings.Force && disk.Forceable(c.Code) {
 			continue
 		}
-		return fmt.Errorf("%w: %s [%s]\n  %s", ErrRefused, c.Detail, c.Code, c.Remedy)
+		return refused(c)
 	}
+	return apart(i, others)
+}
+
+func refused(c health.Condition) error {
+	return fmt.Errorf("%w: %s [%s]\n  %s", ErrRefused, c.Detail, c.Code, c.Remedy)
+}
+
+// apart refuses a disk that lies in one stack with another.
+func apart(i *disk.Info, others []occupied) error {
 	for _, o := range others {
 		if !disk.Related(i, o.Info) {
 			continue
@@ -336,8 +361,11 @@ func (g *Group) opened(ctx context.Context) *session {
 // Config is what the group was made with; it is not to be changed.
 func (g *Group) Config() *Config { return g.cfg }
 
-// Stop ends the group's work here; the tap stays and goes on capturing.
+// Stop ends the group's work here, if it was begun; the capture stays and goes on.
 func (g *Group) Stop() {
+	if g.cancel == nil {
+		return
+	}
 	g.cancel()
 	<-g.done
 }
@@ -358,5 +386,5 @@ func (g *Group) Unprotect(ctx context.Context, abandon bool) error {
 		return fmt.Errorf("%w; unprotect --abandon gives up what is not in the vault", g.offlineError())
 	}
 	g.Stop()
-	return errors.Join(tap.Discard(g.env.Instance, g.cfg.Name), os.RemoveAll(g.env.dir(g.cfg.Name)), vfs.OS{}.SyncDir(filepath.Dir(g.env.dir(g.cfg.Name))))
+	return errors.Join(g.cfg.wayIn(g.env).discard(), os.RemoveAll(g.env.dir(g.cfg.Name)), vfs.OS{}.SyncDir(filepath.Dir(g.env.dir(g.cfg.Name))))
 }

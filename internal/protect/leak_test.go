@@ -62,6 +62,7 @@ func lifeOf(t *testing.T, env *Env, disk *testkit.Disk, name string) {
 	if g, err = Open(env, "g"); err != nil {
 		t.Fatal(err)
 	}
+	g.Start()
 	protected(t, g)
 	if err := g.Unprotect(t.Context(), false); err != nil {
 		t.Error(err)

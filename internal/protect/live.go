@@ -66,8 +66,8 @@ func (g *Group) VerifyLive(ctx context.Context) ([]LiveDisk, error) {
 }
 
 func (s *session) compareDisk(ctx context.Context, i int) (LiveDisk, error) {
-	f, err := openDirect(s.disks[i].Path)
-	if err != nil {
+	var f reader
+	if err := s.ask(ctx, func() (err error) { f, err = s.disks[i].open(); return err }); err != nil {
 		return LiveDisk{}, err
 	}
 	defer f.Close()

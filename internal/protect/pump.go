@@ -9,9 +9,9 @@ import (
 
 	"tidemark/internal/block"
 	"tidemark/internal/fill"
+	"tidemark/internal/source"
 	"tidemark/internal/spool"
 	"tidemark/internal/stream"
-	"tidemark/internal/tap"
 )
 
 // errStop ends one walk over the ring; the next begins where it stopped.
@@ -23,9 +23,9 @@ var errStop = errors.New("stop here")
 func (s *session) pump() error {
 	s.clockOffset = clockOffset()
 	s.held = false
-	end := s.tap.Producer()
+	end := s.source.Producer()
 	for s.place < end {
-		next, err := s.tap.Read(s.place, s.take)
+		next, err := s.source.Read(s.place, s.take)
 		s.advance(next)
 		switch {
 		case errors.Is(err, errStop):
@@ -47,7 +47,7 @@ func (s *session) pump() error {
 }
 
 // advance tells the engine that everything before next has its position.
-func (s *session) advance(next tap.Place) {
+func (s *session) advance(next source.Place) {
 	s.place = next
 	if s.gapOpen {
 		s.engine.Checkpoint(fill.Place(next), s.position)
@@ -55,7 +55,7 @@ func (s *session) advance(next tap.Place) {
 }
 
 // take gives one ring record its position. It is called in ring order.
-func (s *session) take(r *tap.Record) error {
+func (s *session) take(r *source.Record) error {
 	if r.Place < s.skipBefore {
 		return nil // read and stored before a crash
 	}
@@ -74,18 +74,18 @@ func (s *session) take(r *tap.Record) error {
 		}
 	}
 	switch r.Kind {
-	case tap.Write:
+	case source.Write:
 		return s.takeWrite(r)
-	case tap.Lost:
+	case source.Lost:
 		s.mode.apply(evRangeOnly)
 		s.lostSeen++
-	case tap.Bookmark:
+	case source.Bookmark:
 		return s.takeBookmark(r)
 	}
 	return nil
 }
 
-func (s *session) takeWrite(r *tap.Record) error {
+func (s *session) takeWrite(r *source.Record) error {
 	s.position++
 	s.record = stream.Record{
 		Kind: stream.KindWrite, Op: r.Op, Disk: r.Disk, Position: s.position,
@@ -166,7 +166,7 @@ func (s *session) seal() error {
 	}
 	s.setFull(nil)
 	s.previous = sealed.Summary
-	s.tap.Commit(s.place)
+	s.source.Commit(s.place)
 	s.pending.push(sealed.Summary.Sequence, s.builderSince, s.restorable())
 	s.builder.Reset()
 	s.marked = 0
@@ -179,10 +179,10 @@ func (s *session) seal() error {
 // once more. It can where no gap is open: then there are writes and bookmarks only.
 func (s *session) rewind() {
 	last := s.previous
-	if s.gapOpen || last.Source.Ring != s.tap.Identity() || last.Settled != s.settled {
+	if s.gapOpen || last.Source.Ring != s.source.Identity() || last.Settled != s.settled {
 		return
 	}
-	s.place, s.seenDrops, s.position, s.lastTime = tap.Place(last.Source.Place), last.Source.Drops, last.Last, last.Time
+	s.place, s.seenDrops, s.position, s.lastTime = source.Place(last.Source.Place), last.Source.Drops, last.Last, last.Time
 	for _, name := range s.unsealed {
 		delete(s.names, name)
 	}
@@ -205,7 +205,7 @@ func (s *session) restorable() stream.Position {
 // before a bit is cleared, and the bits are cleared before the engine may fill
 // them: the producer's place after that bounds the last write that was dropped.
 func (s *session) openDropGap() error {
-	peek, err := s.tap.PeekGaps()
+	peek, err := s.source.PeekGaps()
 	if err != nil {
 		return err
 	}
@@ -215,9 +215,9 @@ func (s *session) openDropGap() error {
 		return nil
 	}
 	cause := stream.CauseOverflow
-	if !s.tap.PayloadCaptured() {
+	if !s.source.PayloadCaptured() {
 		cause = stream.CauseMetadata
-	} else if c, err := s.tap.Counters(); err == nil && lost(c) == s.lostCounted {
+	} else if c, err := s.source.Counters(); err == nil && lost(c) == s.lostCounted {
 		cause = stream.CauseFailed
 	} else {
 		s.lostCounted = lost(c)
@@ -226,7 +226,7 @@ func (s *session) openDropGap() error {
 }
 
 // lost is how many writes of the group lost their payload, whole disks counted once.
-func lost(c tap.Counters) uint64 {
+func lost(c source.Counters) uint64 {
 	var n uint64
 	for _, d := range c.Disks {
 		n = max(n, d.Lost)
@@ -236,7 +236,7 @@ func lost(c tap.Counters) uint64 {
 
 // openGap appends and seals a gap over ranges, then hands it to the engine.
 func (s *session) openGap(cause stream.Cause, ranges []block.DiskRange, drops uint64) error {
-	if err := s.tap.SetEnds(true); err != nil {
+	if err := s.source.SetEnds(true); err != nil {
 		return err
 	}
 	first, what := s.position+1, "gap widened"
@@ -269,7 +269,7 @@ func (s *session) sealGaps() error {
 	if err := s.seal(); err != nil || s.full {
 		return err
 	}
-	place, err := s.tap.ClearGaps(s.uncleared)
+	place, err := s.source.ClearGaps(s.uncleared)
 	if err != nil {
 		return err
 	}

@@ -13,15 +13,15 @@ import (
 // position again, a bookmark its name, and who waits for it still waits.
 func TestRewind(t *testing.T) {
 	s := bookmarking()
-	s.tap, s.settled = &tap.Tap{}, 1
+	s.source, s.settled = &tap.Tap{}, 1
 	s.previous = segment.Summary{State: segment.State{Last: 7, Settled: 1, Time: 5, Source: segment.Source{Place: 4096, Drops: 2}}}
 	s.position, s.place, s.seenDrops, s.lastTime = 7, 4096, 2, 5
 	w := s.waitFor(1, "noon")
 	take := func() {
 		t.Helper()
 		for _, err := range []error{
-			s.takeWrite(&tap.Record{Op: block.OpZeroes, Range: block.Range{Len: 512}, MonoTime: 9}),
-			s.takeBookmark(&tap.Record{Kind: tap.Bookmark, Name: "noon", Token: 1}),
+			s.takeWrite(&source.Record{Op: block.OpZeroes, Range: block.Range{Len: 512}, MonoTime: 9}),
+			s.takeBookmark(&source.Record{Kind: source.Bookmark, Name: "noon", Token: 1}),
 		} {
 			if err != nil {
 				t.Fatal(err)

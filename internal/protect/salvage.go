@@ -6,39 +6,33 @@ import (
 	"fmt"
 
 	"tidemark/internal/fill"
-	"tidemark/internal/tap"
 	"tidemark/internal/timeline"
 )
 
-// salvagePinned salvages the pinned tap of a group whose disks are not all
-// here. It costs next to nothing where the ring is empty: the group tries again
-// every few seconds.
-func (s *session) salvagePinned(ctx context.Context, env *Env) error {
-	waits, err := tap.Waiting(env.Instance, s.cfg.Name)
-	if err != nil || waits == 0 {
-		return nil // no tap, or none that can be read: what became of it is seen when the disks are back
-	}
-	h, err := s.history(ctx)
-	if err != nil {
-		return err
-	}
-	if s.tap, err = tap.Adopt(env.Instance, s.cfg.Name); err != nil {
+// salvageStranded salvages the source of a group whose disks are not all here.
+// It costs next to nothing where the ring is empty: the group tries again every
+// few seconds.
+func (s *session) salvageStranded(ctx context.Context) error {
+	if s.source = s.way.stranded(); s.source == nil {
 		return nil
 	}
-	_, err = s.salvage(ctx, h)
-	return errors.Join(err, s.tap.Close())
+	h, err := s.history(ctx)
+	if err == nil {
+		_, err = s.salvage(ctx, h)
+	}
+	return errors.Join(err, s.source.Close())
 }
 
-// salvage moves what the ring of s.tap holds into the history, and gives that as
+// salvage moves what the ring of s.source holds into the history, and gives that as
 // it is then. It is for a tap whose disks are gone, or are not what they were:
 // what they wrote before is history all the same.
 func (s *session) salvage(ctx context.Context, h *timeline.History) (*timeline.History, error) {
 	if h == nil || !s.continues(h) {
 		return h, nil
 	}
-	end := s.tap.Producer()
+	end := s.source.Producer()
 	s.carry(h)
-	s.engine, s.mode, s.place = fill.New(s.sizes()), newMode(true), s.tap.Consumer()
+	s.engine, s.mode, s.place = fill.New(s.sizes()), newMode(true), s.source.Consumer()
 	from := s.position
 	for done := false; !done; {
 		before := s.place

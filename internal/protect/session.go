@@ -15,9 +15,9 @@ import (
 	"tidemark/internal/fill"
 	"tidemark/internal/health"
 	"tidemark/internal/segment"
+	"tidemark/internal/source"
 	"tidemark/internal/spool"
 	"tidemark/internal/stream"
-	"tidemark/internal/tap"
 	"tidemark/internal/vault"
 )
 
@@ -36,11 +36,12 @@ type session struct {
 	settings Settings
 	log      *slog.Logger
 	health   *health.Set
-	disks    []*disk.Info
+	disks    []target
 	// identities are the disks', as segments hold them.
 	identities []string
 
-	tap    *tap.Tap
+	way    wayIn
+	source source.Source
 	spool  *spool.Spool
 	cursor *spool.Cursor
 	vault  *vault.Vault
@@ -54,8 +55,8 @@ type session struct {
 	previous     segment.Summary
 	record       stream.Record
 
-	place       tap.Place
-	skipBefore  tap.Place
+	place       source.Place
+	skipBefore  source.Place
 	position    stream.Position
 	seenDrops   uint64
 	lostSeen    uint64
@@ -212,11 +213,11 @@ func (s *session) step() error {
 func (s *session) gaps() error {
 	// While a gap is open its exact place does not matter; otherwise a record
 	// that the ring still holds may tell of the drop, and of its place.
-	due := s.place >= s.tap.Producer()
+	due := s.place >= s.source.Producer()
 	if s.gapOpen {
 		due = time.Since(s.lastPeek) >= peekEvery
 	}
-	if s.tap.Drops() > s.seenDrops && due {
+	if s.source.Drops() > s.seenDrops && due {
 		if err := s.openDropGap(); err != nil || s.full {
 			return err
 		}
@@ -230,7 +231,7 @@ func (s *session) gaps() error {
 	s.engine.Checkpoint(fill.Place(s.place), s.position)
 	if time.Since(s.lastScan) >= scanEvery {
 		s.lastScan = time.Now()
-		scan, err := s.tap.ScanInFlight()
+		scan, err := s.source.ScanInFlight()
 		if err != nil {
 			return err
 		}
@@ -260,7 +261,7 @@ func (s *session) appendReady() error {
 
 // settle closes the gap when every block is known and no drop is unaccounted for.
 func (s *session) settle() error {
-	if s.tap.Drops() > s.seenDrops {
+	if s.source.Drops() > s.seenDrops {
 		return nil
 	}
 	from, ok := s.engine.Settled()
@@ -284,19 +285,19 @@ func (s *session) settle() error {
 // tracking are known to have ended, whatever the load. In doubt it stays on,
 // which costs time and nothing else.
 func (s *session) endsOff() error {
-	if !s.tap.Ends() || time.Since(s.lastScan) < watchEach {
+	if !s.source.Ends() || time.Since(s.lastScan) < watchEach {
 		return nil
 	}
 	s.lastScan = time.Now()
-	scan, err := s.tap.ScanInFlight()
+	scan, err := s.source.ScanInFlight()
 	if err != nil || !scan.OldKnownEnded {
 		return err
 	}
-	if err := s.tap.SetEnds(false); err != nil {
+	if err := s.source.SetEnds(false); err != nil {
 		return err
 	}
-	if s.tap.Drops() > s.seenDrops { // a drop switched it on in this moment
-		return s.tap.SetEnds(true)
+	if s.source.Drops() > s.seenDrops { // a drop switched it on in this moment
+		return s.source.SetEnds(true)
 	}
 	// Programs that saw it on may be at work: what is in the map stays for a moment (forget).
 	s.drainSince = time.Now()
@@ -308,10 +309,10 @@ const drainTime = time.Second
 
 // forget empties the map of bios in flight when tracking is over.
 func (s *session) forget() error {
-	if s.gapOpen || s.tap.Ends() || time.Since(s.drainSince) < drainTime {
+	if s.gapOpen || s.source.Ends() || time.Since(s.drainSince) < drainTime {
 		return nil
 	}
-	return s.tap.ForgetInFlight()
+	return s.source.ForgetInFlight()
 }
 
 func (s *session) header() segment.Header {
@@ -324,7 +325,7 @@ func (s *session) header() segment.Header {
 
 func (s *session) state() segment.State {
 	return segment.State{
-		Source: segment.Source{Ring: s.tap.Identity(), Place: uint64(s.place), Drops: s.seenDrops},
+		Source: segment.Source{Ring: s.source.Identity(), Place: uint64(s.place), Drops: s.seenDrops},
 		Last:   s.position, Settled: s.settled, GapSince: s.gapSince, Time: s.lastTime,
 	}
 }
@@ -356,10 +357,10 @@ func (s *session) setFull(err error) {
 // overflowing keeps the mode true while nothing can be taken from the ring: the
 // records that would tell of what is lost are behind those that wait.
 func (s *session) overflowing() error {
-	if s.tap.Drops() == s.seenDrops {
+	if s.source.Drops() == s.seenDrops {
 		return nil
 	}
-	c, err := s.tap.Counters()
+	c, err := s.source.Counters()
 	if err != nil {
 		return err
 	}
@@ -395,9 +396,9 @@ func (s *session) close() error {
 	for _, f := range s.filler.disks {
 		errs = append(errs, f.Close())
 	}
-	leave := s.tap.Close
+	leave := s.source.Close
 	if s.forsaken {
-		leave = s.tap.Remove
+		leave = s.source.Remove
 	}
 	errs = append(errs, s.filler.closeBases(), leave(), s.spool.Close(), s.lock.Unlock())
 	return errors.Join(errs...)

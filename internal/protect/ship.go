@@ -7,8 +7,8 @@ import (
 	"time"
 
 	"tidemark/internal/health"
+	"tidemark/internal/source"
 	"tidemark/internal/stream"
-	"tidemark/internal/tap"
 )
 
 // onTheWay lists what is sealed and not yet in the vault, oldest first.
@@ -98,9 +98,9 @@ func (s *session) ship(ctx context.Context) error {
 
 // drain returns when the vault holds everything that the ring held at the call.
 func (s *session) drain(ctx context.Context) error {
-	var end tap.Place
+	var end source.Place
 	var last uint64
-	err := s.ask(ctx, func() error { end = s.tap.Producer(); return nil })
+	err := s.ask(ctx, func() error { end = s.source.Producer(); return nil })
 	again := time.NewTicker(tick)
 	defer again.Stop()
 	for err == nil && (last == 0 || !s.pending.has(last)) {
@@ -120,7 +120,7 @@ func (s *session) drain(ctx context.Context) error {
 
 // sealUpTo gives the sequence of a segment by which everything before a place in
 // the ring is sealed; 0: it could not be yet.
-func (s *session) sealUpTo(end tap.Place) (uint64, error) {
+func (s *session) sealUpTo(end source.Place) (uint64, error) {
 	if s.full {
 		return 0, nil // step goes on when there is room
 	}

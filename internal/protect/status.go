@@ -25,6 +25,7 @@ type Status struct {
 	Name            string
 	State           State
 	Mode            Mode
+	WayIn           string // WayTap or WayServe
 	Vault           string
 	ConsistentSince stream.Position
 	Captured        stream.Position // covers every write that completed before the call
@@ -36,7 +37,7 @@ type Status struct {
 	Conditions      []health.Condition
 }
 
-// DiskStatus is one disk of it. The last four count since the tap was put in place.
+// DiskStatus is one disk of it. The last four count since the capture began.
 type DiskStatus struct {
 	Name, Device, Identity string
 	Size, Gap              int64
@@ -46,7 +47,10 @@ type DiskStatus struct {
 
 // Status says how the group is. The ring is looked at up to its producer first.
 func (g *Group) Status(ctx context.Context) Status {
-	out := Status{Name: g.cfg.Name, State: Offline, Mode: ModeBitmap, Vault: g.cfg.Vault}
+	out := Status{Name: g.cfg.Name, State: Offline, Mode: ModeBitmap, WayIn: WayTap, Vault: g.cfg.Vault}
+	if g.cfg.Served() {
+		out.WayIn = WayServe
+	}
 	for _, d := range g.cfg.Disks {
 		out.Disks = append(out.Disks, DiskStatus{Name: d.Name, Device: d.Path, Size: d.Size, Gap: d.Size, Identity: d.Identity.String()})
 	}
@@ -67,7 +71,7 @@ func (s *session) describe(out *Status) error {
 			return err
 		}
 	}
-	c, err := s.tap.Counters()
+	c, err := s.source.Counters()
 	if err != nil {
 		return err
 	}
@@ -80,13 +84,13 @@ func (s *session) describe(out *Status) error {
 	if !oldest.IsZero() {
 		out.Lag = time.Since(oldest)
 	}
-	out.Ring, out.RingUsed, out.Spool = s.tap.RingSize(), int64(s.tap.Producer()-s.tap.Consumer()), s.spool.Bytes()
+	out.Ring, out.RingUsed, out.Spool = s.source.RingSize(), int64(s.source.Producer()-s.source.Consumer()), s.spool.Bytes()
 	for i := range out.Disks {
 		d, n := &out.Disks[i], c.Disks[i]
-		d.Device, d.Gap = s.disks[i].Path, s.engine.Remaining(i)
+		d.Device, d.Gap = s.disks[i].node(), s.engine.Remaining(i)
 		d.Writes, d.Written, d.Lost, d.Failed = n.Writes, n.Bytes, n.Lost, n.Failed
 	}
-	if s.full && s.tap.Drops() > s.seenDrops {
+	if s.full && s.source.Drops() > s.seenDrops {
 		if err := s.describeUntold(out); err != nil {
 			return err
 		}
@@ -106,7 +110,7 @@ func (s *session) describe(out *Status) error {
 // describeUntold adds the blocks that were lost while nothing could be taken
 // from the ring: no gap record tells of them yet.
 func (s *session) describeUntold(out *Status) error {
-	peek, err := s.tap.PeekGaps()
+	peek, err := s.source.PeekGaps()
 	if err != nil {
 		return err
 	}

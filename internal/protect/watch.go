@@ -10,14 +10,14 @@ import (
 	"tidemark/internal/block"
 	"tidemark/internal/disk"
 	"tidemark/internal/health"
+	"tidemark/internal/source"
 	"tidemark/internal/stream"
-	"tidemark/internal/tap"
 	"tidemark/internal/timeline"
 )
 
 // watched is what the last look at the disks and counters saw.
 type watched struct {
-	counters tap.Counters
+	counters source.Counters
 	excess   []int64 // bytes that the kernel counted beyond what was traced, by disk, at a settled moment; nil: not noted yet
 	valid    bool
 }
@@ -45,11 +45,11 @@ func (s *session) watch() error {
 	ended := make([]int64, len(s.disks))
 	for i, d := range s.disks {
 		ended[i] = -1
-		if written, discarded, ok, err := disk.Stat(d); err == nil && ok && !d.BioBased {
-			ended[i] = int64(written + discarded)
+		if k, ok := d.(counted); ok {
+			ended[i] = k.written()
 		}
 	}
-	c, err := s.tap.Counters()
+	c, err := s.source.Counters()
 	if err != nil {
 		return err
 	}
@@ -69,13 +69,13 @@ func (s *session) watch() error {
 		return err
 	}
 	if len(s.uncleared) == 0 { // what happened so far is a gap that is durable
-		return s.tap.SetNote(s.fingerprint())
+		return s.source.SetNote(s.fingerprint())
 	}
 	return nil
 }
 
 // newlyUntold names what was counted since the last call that no record tells of.
-func (s *session) newlyUntold(c tap.Counters) string {
+func (s *session) newlyUntold(c source.Counters) string {
 	now := untoldOf(c)
 	why := now.since(s.untold)
 	s.untold = now
@@ -88,7 +88,7 @@ func (s *session) checkUntold() (why string, err error) {
 	if s.gapOpen {
 		return "", nil
 	}
-	c, err := s.tap.Counters()
+	c, err := s.source.Counters()
 	if err != nil {
 		return "", err
 	}
@@ -107,21 +107,11 @@ func (s *session) distrust(why string) error {
 
 // glance looks whether a disk is still what it was.
 func (s *session) glance(i int) error {
-	was, name := s.disks[i], s.cfg.Disks[i].Name
-	is, err := disk.Glance(was.Path) // reads nothing: a disk may sleep, or hang
+	changed, err := s.disks[i].look()
 	if err != nil {
-		return s.lose(fmt.Errorf("disk %s is gone: %w: %w", name, err, ErrOffline))
+		return s.lose(err)
 	}
-	changed := disk.Changed(was, is)
-	if len(changed) == 0 {
-		return nil
-	}
-	what := fmt.Sprintf("disk %s: %s", name, strings.Join(changed, ", "))
-	if is.Dev != was.Dev || is.Size != was.Size || is.Start != was.Start || is.DiskSeq != was.DiskSeq {
-		return s.lose(fmt.Errorf("%s: %w", what, ErrOffline)) // another tap is needed
-	}
-	s.disks[i] = is
-	return s.distrust(what)
+	return s.distrust(changed)
 }
 
 // lose ends the session because a disk is not there any more as it was. It may
@@ -142,7 +132,7 @@ func (s *session) lose(why error) error {
 func (s *session) fingerprint() string {
 	all := []string{fmt.Sprintf("untold %+v", s.untold)}
 	for _, d := range s.disks {
-		all = append(all, d.Fingerprint())
+		all = append(all, d.fingerprint())
 	}
 	return strings.Join(all, "\n")
 }
@@ -151,7 +141,7 @@ func (s *session) fingerprint() string {
 // in the next round, not only when its second is over.
 func (s *session) told(e disk.Uevent) {
 	for _, d := range s.disks {
-		if e.Name != "" && e.Name != d.Name && e.Name != d.Whole {
+		if !d.told(e) {
 			continue
 		}
 		s.lastWatch = time.Time{}
@@ -186,10 +176,10 @@ func (s *session) crossCheck(now *watched, ended []int64) string {
 }
 
 // still says that nothing was written since the last look and nothing is on its way.
-func (s *session) still(now tap.Counters) bool {
+func (s *session) still(now source.Counters) bool {
 	for i, d := range s.disks {
-		r, w, err := disk.InFlight(d)
-		if !s.watched.valid || err != nil || r+w > 0 || now.Disks[i].Traced != s.watched.counters.Disks[i].Traced {
+		k, ok := d.(counted)
+		if !s.watched.valid || ok && !k.still() || now.Disks[i].Traced != s.watched.counters.Disks[i].Traced {
 			return false
 		}
 	}
@@ -199,7 +189,7 @@ func (s *session) still(now tap.Counters) bool {
 // untold counts what happens without a record in the ring, over all disks.
 type untold struct{ skippedAtQueue, skippedAtEnd, passthrough, blind, foreign uint64 }
 
-func untoldOf(c tap.Counters) untold {
+func untoldOf(c source.Counters) untold {
 	u := untold{skippedAtQueue: c.MissedQueue, skippedAtEnd: c.MissedCompletions}
 	for _, d := range c.Disks {
 		u.passthrough += d.Passthrough

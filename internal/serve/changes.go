@@ -23,9 +23,10 @@ func (s *Server) changesFile(name string) string {
 	return filepath.Join(s.folder, name+changesSuffix)
 }
 
-// trackChanges begins or goes on with a device's change map.
-func (s *Server) trackChanges(spec Spec, st *stack.Stack) (*cbt.Map, error) {
-	m, why, err := cbt.Open(vfs.OS{}, s.changesFile(spec.Name), spec.backingState(), st.Size())
+// trackChanges begins or goes on with a device's change map. state is what
+// backingState said before the backing was opened.
+func (s *Server) trackChanges(spec Spec, state string, st *stack.Stack) (*cbt.Map, error) {
+	m, why, err := cbt.Open(vfs.OS{}, s.changesFile(spec.Name), state, st.Size())
 	if err != nil {
 		return nil, fmt.Errorf("the change map of %s: %w", spec.Name, err)
 	}

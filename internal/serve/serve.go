@@ -52,6 +52,8 @@ type Env struct {
 	Log   *slog.Logger
 	// Taken says who else of this daemon uses a path, "" for nobody; nil: nobody.
 	Taken func(path string) string
+	// Captures are those of the protected groups of the state folder.
+	Captures []Capture
 }
 
 // Server holds the served devices of a daemon. All methods may be called concurrently.
@@ -65,6 +67,7 @@ type Server struct {
 	logs     map[string]*eventLog
 	byExtent map[string]bool            // difference storage that is written below its file system
 	disks    map[string]*backing.Device // difference storage on disks of others
+	captures map[string]*capturing      // by group
 	health   health.Set
 	folder   string
 	changes  sync.Mutex // one device is made or removed at a time
@@ -106,6 +109,7 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 	s.system = stack.New(stack.Config{}, &s.health)
 	s.watch0, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	s.images, s.logs, s.disks, s.byExtent = map[string]*image{}, map[string]*eventLog{}, map[string]*backing.Device{}, map[string]bool{}
+	s.captures = map[string]*capturing{}
 	if env.Nodes == "" {
 		env.Nodes = "/dev/tidemark"
 	}
@@ -139,10 +143,11 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 		}
 		s.devices[name] = d
 	}
-	// Snapshots go on before the first request comes through a front.
+	// Snapshots and captures go on before the first request comes through a front.
 	if err := s.openSnapshots(); err != nil {
 		return nil, errors.Join(err, s.system.Close())
 	}
+	s.openCaptures()
 	for name, r := range records {
 		d, err := s.devices[name], error(nil)
 		switch {
@@ -233,6 +238,7 @@ func (s *Server) bring(ctx context.Context, d *Device, memory json.RawMessage) e
 
 // lay opens the backing and lays the stack of filters over it.
 func (s *Server) lay(d *Device) error {
+	state := d.spec.backingState() // before it is opened: trying what it can do may touch the file
 	lower, err := backing.Open(d.spec.Backing, backing.Options{ReadOnly: d.spec.ReadOnly})
 	if err != nil {
 		return err
@@ -242,7 +248,7 @@ func (s *Server) lay(d *Device) error {
 		return errors.Join(err, lower.Close())
 	}
 	part := snapshot.Device{Name: d.spec.Name}
-	part.Changes, err = s.trackChanges(d.spec, st)
+	part.Changes, err = s.trackChanges(d.spec, state, st)
 	for _, f := range []struct {
 		name     string
 		altitude int
@@ -258,6 +264,7 @@ func (s *Server) lay(d *Device) error {
 	if err != nil {
 		return errors.Join(err, s.system.Remove(d.spec.Name), lower.Close())
 	}
+	s.captureLaid(d.spec.Name, st)
 	d.disk, d.gone = incarnationOf(lower.Path()), false
 	d.set(func() { d.lower, d.stack, d.part = lower, st, part })
 	return nil
@@ -314,6 +321,9 @@ func (s *Server) Remove(ctx context.Context, name string) error {
 	}
 	if d.spec.Splice != nil && !d.givenBack {
 		return fmt.Errorf("%s: %w by the volume %s, under which it lies: tidemark device unsplice %[1]s", name, ErrInUse, d.spec.Splice.Name)
+	}
+	if group := s.CapturedBy(name); group != "" {
+		return fmt.Errorf("%s: %w by the group %s, which protects it: tidemark unprotect %[3]s", name, ErrInUse, group)
 	}
 	for _, i := range s.set.List() {
 		if slices.ContainsFunc(i.Devices, func(d snapshot.DeviceInfo) bool { return d.Name == name }) {
@@ -384,6 +394,7 @@ func (s *Server) Stop(ctx context.Context) error {
 	s.watching.Wait()
 	s.changes.Lock()
 	defer s.changes.Unlock()
+	s.restCaptures()
 	errs := []error{s.pauseImages(ctx)}
 	var laid, quiet []*Device
 	for _, d := range s.list() {

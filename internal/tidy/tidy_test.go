@@ -80,7 +80,7 @@ var layer = map[string][]string{
 		"internal/freeze", "internal/health", "internal/loop", "internal/snapshot", "internal/splice", "internal/stack", "internal/vfs"},
 
 	// Assembly and the ways to command it.
-	"internal/protect": {"internal/block", "internal/cbt", "internal/disk", "internal/fill", "internal/freeze", "internal/health",
+	"internal/protect": {"internal/block", "internal/cbt", "internal/disk", "internal/fill", "internal/filter/capture", "internal/freeze", "internal/health",
 		"internal/restore", "internal/segment", "internal/source", "internal/spool", "internal/stream", "internal/tap", "internal/timeline", "internal/vault", "internal/vfs"},
 	"internal/doctor":           {"internal/block", "internal/disk", "internal/dm", "internal/front/...", "internal/health", "internal/loop", "internal/serve", "internal/splice", "internal/tap"},
 	"internal/control/api":      {"internal/block", "internal/health", "internal/stream"},

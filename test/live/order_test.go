@@ -3,6 +3,7 @@ package live
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"sync"
@@ -33,9 +34,16 @@ const (
 // state between two writes is known.
 type counter struct {
 	seed  uint64
-	disks [2]*os.File
+	disks [2]counted
 	buf   []byte
 	n     atomic.Uint64 // newest number that is on both
+}
+
+// counted is a disk that is written to.
+type counted interface {
+	io.WriterAt
+	Name() string // what it is protected by
+	Sync() error
 }
 
 // slot is where a number goes.
@@ -205,7 +213,7 @@ func (o *order) note(err error) {
 // noise is a writer of anything in a part of a disk that is its own: writes
 // that overlap and are in flight together have no order on any disk.
 type noise struct {
-	file       *os.File
+	file       counted
 	first, end int64
 }
 

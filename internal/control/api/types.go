@@ -43,7 +43,7 @@ type Group struct {
 	Name             string             `json:"name"`
 	State            State              `json:"state"`
 	Mode             Mode               `json:"mode"`
-	WayIn            string             `json:"way_in"` // "tap"
+	WayIn            string             `json:"way_in"` // "tap" or "serve"
 	Vault            string             `json:"vault"`
 	ConsistentSince  stream.Position    `json:"consistent_since"`
 	CapturedPosition stream.Position    `json:"captured_position"`
@@ -81,6 +81,7 @@ type ProtectRequest struct {
 	FillRate     int64    `json:"fill_rate,omitempty"` // bytes a second
 	HookDir      string   `json:"hook_dir,omitempty"`
 	Force        bool     `json:"force,omitempty"`
+	BackPressure bool     `json:"back_pressure,omitempty"` // writes wait for room in the ring; served devices only
 	// MetadataOnly makes the tap keep ranges only; for tests and for machines where payload capture is unwanted.
 	MetadataOnly bool `json:"metadata_only,omitempty"`
 }

@@ -13,11 +13,15 @@ import (
 // Altitude is where the filter belongs: below whatever changes what is written.
 const Altitude = 100
 
+// Name is what the filter is called in a stack.
+const Name = "capture"
+
 // filter records the writes of one device.
 type filter struct {
-	ring *Ring
-	disk int
-	gone <-chan struct{}
+	ring  *Ring
+	disk  int
+	below *stack.Below
+	gone  <-chan struct{}
 }
 
 // Driver gives the filter for a disk of the ring, by its index.
@@ -26,8 +30,22 @@ func (r *Ring) Driver(disk int) stack.Driver {
 		if d := r.cfg.Disks[disk]; below.Size() != d.Size {
 			return nil, fmt.Errorf("%s has %d bytes, and the ring is for one of %d: %w", d.Name, below.Size(), d.Size, ErrConfig)
 		}
-		return &filter{ring: r, disk: disk, gone: below.Gone()}, nil
+		f := &filter{ring: r, disk: disk, below: below, gone: below.Gone()}
+		if r.over[disk].Swap(f) != nil { // a device was made anew under its name
+			r.unseen(disk, fmt.Errorf("the device %s was made anew, and not captured meanwhile", r.cfg.Disks[disk].Name))
+		}
+		return f, nil
 	})
+}
+
+// ReadAt reads a disk from right below its filter: it sees nothing that has not
+// its place in the ring already. It may be called concurrently.
+func (r *Ring) ReadAt(disk int, p []byte, off int64) (int, error) {
+	f := r.over[disk].Load()
+	if f == nil {
+		return 0, fmt.Errorf("%s: %w", r.cfg.Disks[disk].Name, ErrNotServed)
+	}
+	return f.below.ReadAt(p, off)
 }
 
 var (
@@ -45,6 +63,11 @@ func (f *filter) Pass(r *stack.Request) bool { return !r.Writes() }
 
 // Handle records a write, then passes it on.
 func (f *filter) Handle(r *stack.Request, next stack.Next) error {
+	f.ring.inside.Add(1)
+	defer f.ring.inside.Add(-1)
+	if f.ring.shut.Load() {
+		return next.Do(r) // its loss was declared before
+	}
 	if d := f.ring.cfg.Disks[f.disk]; r.Range.End() > d.Size {
 		f.ring.gap(f.disk, r.Range.Intersect(block.Range{Len: d.Size}))
 		f.ring.fail(fmt.Errorf("%s is written beyond the %d bytes that it had", d.Name, d.Size))
@@ -59,8 +82,7 @@ func (f *filter) Handle(r *stack.Request, next stack.Next) error {
 // Spoil makes the whole device a gap: from here on its writes are not seen.
 func (f *filter) Spoil(cause error) string {
 	d := f.ring.cfg.Disks[f.disk]
-	f.ring.gap(f.disk, block.Range{Len: d.Size})
-	f.ring.fail(fmt.Errorf("the writes of %s are no longer captured: %w", d.Name, cause))
+	f.ring.unseen(f.disk, fmt.Errorf("the writes of %s are no longer captured: %w", d.Name, cause))
 	return "the stream of " + d.Name + " has a gap: all of it will be compared with the vault"
 }
 
@@ -71,12 +93,13 @@ func (f *filter) Resized(size int64) {
 	}
 }
 
-// Detach ends the capture of the device. Who removes a device from its group
-// does it in order; otherwise it is a loss.
+// Detach ends the capture of the device. While the ring rests that is in order;
+// otherwise writes may go past it from now on.
 func (f *filter) Detach(why stack.Reason) {
-	if why == stack.Surprise {
-		f.ring.fail(fmt.Errorf("the device %s is gone", f.ring.cfg.Disks[f.disk].Name))
+	if f.ring.resting.Load() || why == stack.Lost { // Spoil has said it
+		return
 	}
+	f.ring.unseen(f.disk, fmt.Errorf("the device %s is gone", f.ring.cfg.Disks[f.disk].Name))
 }
 
 // submit gives a write its place among those of the group, and returns the slot
@@ -90,7 +113,7 @@ func (r *Ring) submit(f *filter, q *stack.Request) int {
 	}
 	r.mu.Lock()
 	slot := r.slot()
-	pos, ok := r.reserveFor(f, len(payload))
+	pos, ok := r.reserveFor(f.gone, len(payload))
 	s := &r.slots[slot]
 	s.Place, s.Offset, s.Disk, s.Dropped = pos, q.Range.Off, uint32(f.disk), 0
 	if !ok {
@@ -120,9 +143,9 @@ func (r *Ring) slot() int {
 	return i
 }
 
-// reserveFor reserves room for a write, waiting for it as long as the ring's
-// patience lasts; r.mu is held, and let go of while it waits.
-func (r *Ring) reserveFor(f *filter, n int) (uint64, bool) {
+// reserveFor reserves room for n bytes of payload, waiting for it as long as the
+// ring's patience lasts and gone is open; r.mu is held, and let go of while it waits.
+func (r *Ring) reserveFor(gone <-chan struct{}, n int) (uint64, bool) {
 	if n > payloadMax || next(uint64(recordHead+n)) > uint64(r.cfg.RingBytes) {
 		return 0, false
 	}
@@ -133,14 +156,18 @@ func (r *Ring) reserveFor(f *filter, n int) (uint64, bool) {
 	over := false
 	end := time.AfterFunc(r.cfg.Patience, func() { r.mu.Lock(); over = true; r.mu.Unlock(); r.room.Broadcast() })
 	defer end.Stop()
-	for !ok && !over && !r.closed {
+	for !ok && !over && !r.tired && !r.closed && r.lost == nil {
 		select {
-		case <-f.gone:
+		case <-gone:
 			return 0, false
 		default:
 		}
 		r.room.Wait()
 		pos, ok = r.reserve(n)
+	}
+	if over && !ok { // nobody waits again before something was let go of
+		r.tired = true
+		r.room.Broadcast()
 	}
 	return pos, ok
 }

@@ -14,6 +14,17 @@ func (r *Ring) gap(disk int, on block.Range) {
 	atomic.AddUint64(&r.head.Drops, 1)
 }
 
+// unseen makes the whole of a disk a gap, before writes go past its filter. A
+// ring that was closed takes none.
+func (r *Ring) unseen(disk int, cause error) {
+	r.inside.Add(1)
+	defer r.inside.Add(-1)
+	if !r.shut.Load() {
+		r.gap(disk, block.Range{Len: r.cfg.Disks[disk].Size})
+	}
+	r.fail(cause)
+}
+
 func (r *Ring) bits(disk int, on block.Range, do func(word *uint64, mask uint64)) {
 	bs := r.cfg.Disks[disk].BlockSize
 	for b, end := on.Off/bs, (on.End()+bs-1)/bs; b < end; {

@@ -75,6 +75,7 @@ func (r *Ring) Commit(p source.Place) {
 	atomic.StoreUint64(&r.head.Consumer, uint64(p))
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.tired = false
 	r.room.Broadcast()
 }
 
@@ -135,14 +136,20 @@ func (r *Ring) decode(pos, n uint64) error {
 	return block.CheckBounds(out.Range, r.cfg.Disks[out.Disk].Size)
 }
 
-// Bookmark puts a mark behind every write that was passed on before the call.
+// Bookmark puts a mark behind every write that was passed on before the call. It
+// waits for room as a write does.
 func (r *Ring) Bookmark(m source.Mark) (source.Place, error) {
 	if len(m.Name) > stream.NameMax {
 		return 0, fmt.Errorf("bookmark name has %d bytes: at most %d", len(m.Name), stream.NameMax)
 	}
+	r.inside.Add(1)
+	defer r.inside.Add(-1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	pos, ok := r.reserve(len(m.Name))
+	if r.closed {
+		return 0, fmt.Errorf("bookmark %q: %w", m.Name, ErrClosed)
+	}
+	pos, ok := r.reserveFor(nil, len(m.Name))
 	if !ok {
 		return 0, fmt.Errorf("bookmark %q: %w", m.Name, source.ErrFull)
 	}

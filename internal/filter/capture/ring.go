@@ -41,6 +41,10 @@ var (
 	ErrConfig = errors.New("not a valid capture")
 	// ErrOther: the file is of other devices, of another version, or not whole.
 	ErrOther = errors.New("not the ring of these devices")
+	// ErrNotServed: the filter is not in the device's stack.
+	ErrNotServed = errors.New("the device is not served")
+	// ErrClosed: the ring was closed.
+	ErrClosed = errors.New("the capture has ended")
 )
 
 // Disk is one served device of the group.
@@ -116,14 +120,18 @@ type Ring struct {
 	record source.Record
 	counts [disksMax]counts
 	ends   atomic.Bool
+	over   [disksMax]atomic.Pointer[filter] // the newest of each disk
+
+	inside  atomic.Int64 // requests that may touch the memory
+	shut    atomic.Bool  // no more of them
+	resting atomic.Bool  // the devices end in order
 
 	mu     sync.Mutex // the order of writes
 	free   []int      // slots
 	room   *sync.Cond // a slot or bytes have become free
 	closed bool
-
-	lostMu sync.Mutex
-	lost   error
+	tired  bool  // a write has waited in vain
+	lost   error // why writes are no longer seen
 }
 
 type counts struct{ submitted, ended, writes, bytes, lost, failed atomic.Uint64 }
@@ -217,7 +225,7 @@ func (r *Ring) mapFile(make bool) error {
 	r.ring = r.memory[ringAt:]
 	if make {
 		if _, err := rand.Read(r.head.Ident[:]); err != nil {
-			return errors.Join(err, r.Close())
+			return errors.Join(err, r.unmap())
 		}
 		r.head.Version, r.head.Disks, r.head.Shape, r.head.Ring = version, uint32(len(r.cfg.Disks)), r.cfg.shape(), uint64(r.cfg.RingBytes)
 		atomic.StoreUint64(&r.head.Magic, magic) // last: without it the file is nothing
@@ -226,7 +234,7 @@ func (r *Ring) mapFile(make bool) error {
 	h := r.head
 	if h.Magic != magic || h.Version != version || h.Shape != r.cfg.shape() || h.Ring != uint64(r.cfg.RingBytes) ||
 		h.Consumer%8 != 0 || h.Producer%8 != 0 || h.Consumer > h.Producer || h.Producer-h.Consumer > h.Ring || h.NoteLen > noteMax {
-		return errors.Join(ErrOther, r.Close())
+		return errors.Join(ErrOther, r.unmap())
 	}
 	return nil
 }
@@ -328,15 +336,40 @@ func (r *Ring) SetNote(note string) error {
 	return nil
 }
 
-// Close unmaps the ring, which stays in its file. No filter may be attached.
+// Rest says that the devices end in order: nothing is lost when their filters are detached.
+func (r *Ring) Rest() { r.resting.Store(true) }
+
+// Resting says whether Rest was called.
+func (r *Ring) Resting() bool { return r.resting.Load() }
+
+// Disks are what the ring is for; they are not to be changed.
+func (r *Ring) Disks() []Disk { return r.cfg.Disks }
+
+// leaveMax is how long Close waits for writes that are under way.
+const leaveMax = 10 * time.Second
+
+// Close unmaps the ring, which stays in its file, when the last write that may
+// touch it has ended. Where that does not happen the memory stays: a filter that
+// was taken out of its stack may still hold a request.
 func (r *Ring) Close() error {
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.closed {
+	again := r.closed
+	r.closed = true
+	r.shut.Store(true)
+	r.room.Broadcast()
+	r.mu.Unlock()
+	if again {
 		return nil
 	}
-	r.closed = true
-	r.room.Broadcast()
+	for end := time.Now().Add(leaveMax); r.inside.Load() > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			return fmt.Errorf("capture ring %s: writes do not end", r.cfg.Path)
+		}
+	}
+	return r.unmap()
+}
+
+func (r *Ring) unmap() error {
 	return unix.MunmapPtr(unsafe.Pointer(&r.memory[0]), uintptr(len(r.memory)))
 }
 
@@ -345,19 +378,23 @@ func (r *Ring) Remove() error {
 	return errors.Join(r.Close(), os.Remove(r.cfg.Path))
 }
 
-// Fail notes that a device's writes are no longer seen. The first cause stays.
+// Distrust says that writes of a disk go past its filter.
+func (r *Ring) Distrust(disk int, cause error) { r.unseen(disk, cause) }
+
+// fail notes that a device's writes are no longer seen. The first cause stays.
 func (r *Ring) fail(cause error) {
-	r.lostMu.Lock()
-	defer r.lostMu.Unlock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.lost == nil {
 		r.lost = cause
+		r.room.Broadcast()
 	}
 }
 
 // Lost says why writes of a device are no longer seen, nil where all are.
 func (r *Ring) Lost() error {
-	r.lostMu.Lock()
-	defer r.lostMu.Unlock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	return r.lost
 }
 

@@ -80,6 +80,12 @@ type Daemon struct {
 func New(t testing.TB, args ...string) *Daemon {
 	t.Helper()
 	testkit.Need(t, "root", "tap", "loop")
+	return Serving(t, args...)
+}
+
+// Serving is New for a daemon that is to tap no disk: it needs no privileges.
+func Serving(t testing.TB, args ...string) *Daemon {
+	t.Helper()
 	sweep.Do(sweepDaemons)
 	dir := testkit.Dir(t)
 	d := &Daemon{Dir: dir, State: filepath.Join(dir, "state"), Vault: filepath.Join(dir, "vault"), t: t, bin: Binary(t), extras: args}
@@ -142,6 +148,15 @@ func (d *Daemon) Stop() {
 func (d *Daemon) LoseTap() {
 	d.t.Helper()
 	if err := removePins(d.State); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// LoseRings removes what a killed daemon captured of served devices and did not
+// store, as a reboot does.
+func (d *Daemon) LoseRings() {
+	d.t.Helper()
+	if err := os.RemoveAll(filepath.Join(memory(d.State), "rings")); err != nil {
 		d.t.Fatal(err)
 	}
 }

@@ -2,6 +2,8 @@ package program
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -31,13 +33,23 @@ func (d *Daemon) cleanup() {
 		}
 	}
 	d.Kill()
-	if err := removePins(d.State); err != nil {
+	if err := errors.Join(removePins(d.State), os.RemoveAll(memory(d.State))); err != nil {
 		d.t.Error(err)
 	}
 }
 
+// memory is where a daemon keeps what outlives it, and not a reboot: the folder
+// that internal/serve names after the state folder.
+func memory(state string) string {
+	sum := sha256.Sum256([]byte(state))
+	return filepath.Join("/dev/shm", "tidemark-"+hex.EncodeToString(sum[:8]))
+}
+
 // removePins removes a daemon's taps, as nobody will adopt them any more.
 func removePins(state string) error {
+	if os.Geteuid() != 0 {
+		return nil // it can have none
+	}
 	id, err := os.ReadFile(filepath.Join(state, "instance"))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -58,6 +70,7 @@ func sweepDaemons() {
 			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
 		_ = removePins(filepath.Join(dir, "state"))
+		_ = os.RemoveAll(memory(filepath.Join(dir, "state")))
 	}
 	testkit.SweepDirs()
 	if cache, err := os.UserCacheDir(); err == nil {
