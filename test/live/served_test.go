@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"tidemark/internal/testkit"
@@ -166,7 +167,7 @@ func TestServedModel(t *testing.T) {
 			same(t, name, want, image(t, d, "g", "disk", name))
 		}
 		e.Close()
-		if text := d.Refused(9, "device", "rm", "disk"); !bytes.Contains([]byte(text), []byte("unprotect g")) {
+		if text := d.Refused(9, "device", "rm", "disk"); !strings.Contains(text, "unprotect g") {
 			t.Errorf("device rm names no remedy: %s", text)
 		}
 		d.Run("unprotect", "g")
@@ -188,10 +189,9 @@ func TestServedResized(t *testing.T) {
 	}
 	d.Settle("g")
 	d.Run("device", "resize", "disk", "--size", "5M")
-	g := d.Await("g", "offline", func(g *program.Group) bool { return g.State == "offline" })
-	if len(g.Conditions) != 1 || !bytes.Contains([]byte(g.Conditions[0].Detail), []byte("5242880 bytes and had 4194304")) {
-		t.Errorf("conditions %+v", g.Conditions)
-	}
+	d.Await("g", "offline, for its size", func(g *program.Group) bool {
+		return g.State == "offline" && len(g.Conditions) == 1 && strings.Contains(g.Conditions[0].Detail, "5242880 bytes and had 4194304")
+	})
 	e.drop() // a client learns of the size when it connects
 	for _, off := range []int64{0, 4*mib - testkit.Sector, 4 * mib, 5*mib - 2*testkit.Sector} {
 		if _, err := e.WriteAt(make([]byte, 2*testkit.Sector), off); err != nil {
