@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -391,4 +392,59 @@ func TestSnapshotLargeBlocks(t *testing.T) {
 	to := filepath.Join(d.Dir, "restored")
 	d.Run("restore", "--vault", d.Vault, "data", "--at", id, "--to", to)
 	r.holds(t, to, want, "restored from the vault")
+}
+
+// TestTappedChanges: the map of a tapped disk is read by the same verbs; it names
+// what was written since the tap began, also after the daemon was killed.
+func TestTappedChanges(t *testing.T) {
+	disk := testkit.NewDisk(t, 16*mib)
+	d := program.New(t)
+	d.Protect("g", disk.Path)
+	d.Settle("g")
+	r := &raw{node: disk.Path, size: disk.Size, seqs: make([]uint64, 16*mib/512)}
+	type changeMap struct {
+		Name       string
+		WayIn      string `json:"way_in"`
+		Generation string
+		BlockSize  int64 `json:"block_size"`
+		Extents    []struct{ Offset, Length int64 }
+	}
+	var all []changeMap
+	decode(t, d.Run("cbt", "ls", "--json"), &all)
+	if len(all) != 1 || all[0].WayIn != "tap" || all[0].BlockSize == 0 {
+		t.Fatalf("%+v", all)
+	}
+	name, block := all[0].Name, all[0].BlockSize
+	want := map[int64]bool{}
+	write := func(off, n int64) {
+		r.write(t, 7, [2]int64{off, n})
+		for b := off / block; b*block < off+n; b++ {
+			want[b] = true
+		}
+	}
+	check := func() {
+		t.Helper()
+		var m changeMap
+		decode(t, d.Run("cbt", "read", name, "--json"), &m)
+		got := map[int64]bool{}
+		for _, e := range m.Extents {
+			for b := e.Offset / block; b*block < e.Offset+e.Length; b++ {
+				got[b] = true
+			}
+		}
+		if !maps.Equal(got, want) || m.Generation != all[0].Generation {
+			t.Errorf("blocks %v of generation %s, want %v of %s", got, m.Generation, want, all[0].Generation)
+		}
+	}
+	write(0, 512)
+	write(5*mib-512, 1024)
+	check()
+	d.Kill()
+	write(9*mib, 64<<10)
+	d.Start()
+	d.Settle("g")
+	check()
+	d.Refused(11, "cbt", "read", name, "--since", all[0].Generation+":1")
+	d.Refused(exitRefused, "cbt", "mark", name, "0:4K")
+	d.Refused(exitRefused, "cbt", "reset", name)
 }

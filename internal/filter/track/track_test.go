@@ -1,8 +1,14 @@
 package track
 
 import (
+	"bytes"
 	"errors"
+	"math/rand/v2"
+	"os"
 	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"tidemark/internal/block"
@@ -66,6 +72,117 @@ func TestMarks(t *testing.T) {
 	if got := slices.Collect(since.Ranges()); !slices.Equal(got, want) {
 		t.Errorf("marked %v, want %v", got, want)
 	}
+}
+
+// TestModel: writers side by side, failing requests, snapshots in between. Between
+// any two snapshots of a generation the map names every block that differs in the
+// shadow of the disk, and none that no request touched; where it may not know it says so.
+func TestModel(t *testing.T) {
+	const blocks, writers = 512, 4
+	for seed := range seeds(8) {
+		rng := rand.New(rand.NewPCG(seed, 5))
+		disk := sim.NewDisk(blocks * 4096)
+		m := cbt.New(disk.Size())
+		_, s := served(t, disk, m)
+		bad := errors.New("bad sector")
+		disk.Fault = func(op block.Op, r block.Range) error {
+			if r.Off/4096%37 == 5 && op != block.OpRead {
+				return bad
+			}
+			return nil
+		}
+		type instant struct {
+			generation cbt.Generation
+			number     uint8
+			content    []byte
+			touched    [blocks]bool // since the instant before
+		}
+		var taken []instant
+		var touched [blocks]atomic.Bool
+		for round := range 6 + rng.IntN(6) {
+			var all sync.WaitGroup
+			for w := range uint64(writers) {
+				rng := rand.New(rand.NewPCG(seed, 100+uint64(round)*writers+w))
+				all.Go(func() {
+					for range rng.IntN(8) {
+						change(t, s, rng, bad, &touched)
+					}
+				})
+			}
+			all.Wait()
+			if rng.IntN(8) == 0 {
+				m.Reset()
+			}
+			c := m.Take()
+			now := instant{generation: c.Info().Generation, number: c.Info().Number, content: disk.Bytes()}
+			for i := range touched {
+				now.touched[i] = touched[i].Swap(false)
+			}
+			taken = append(taken, now)
+			for i, before := range taken[:len(taken)-1] {
+				since, err := c.Since(before.generation, before.number)
+				if before.generation != now.generation {
+					if !errors.Is(err, cbt.ErrFullCopy) {
+						t.Fatalf("seed %d: changes over a generation's end: %v", seed, err)
+					}
+					continue
+				}
+				if err != nil {
+					t.Fatalf("seed %d: %v", seed, err)
+				}
+				var named [blocks]bool
+				for r := range since.Ranges() {
+					for b := r.Off / 4096; b*4096 < r.End(); b++ {
+						named[b] = true
+					}
+				}
+				for b := range named {
+					differs := !bytes.Equal(before.content[b*4096:][:4096], now.content[b*4096:][:4096])
+					var was bool
+					for _, x := range taken[i+1:] {
+						was = was || x.touched[b]
+					}
+					if differs && !named[b] || named[b] && !was {
+						t.Fatalf("seed %d: from %d to %d block %d differs: %v, touched: %v, named: %v", seed, before.number, now.number, b, differs, was, named[b])
+					}
+				}
+			}
+		}
+	}
+}
+
+// change does one request of any kind, and notes which blocks it could change.
+func change(t *testing.T, s *stack.Stack, rng *rand.Rand, bad error, touched *[512]atomic.Bool) {
+	off := rng.Int64N(s.Size())
+	r := block.Range{Off: off, Len: 1 + rng.Int64N(min(s.Size()-off, 1<<rng.IntN(17)))}
+	p := bytes.Repeat([]byte{byte(rng.IntN(3))}, int(r.Len))
+	var err error
+	kind := rng.IntN(6)
+	switch kind {
+	case 0:
+		err = s.WriteZeroes(r)
+	case 1:
+		err = s.Discard(r)
+	case 2:
+		_, err = s.WriteFUA(p, off)
+	case 3:
+		_, err = s.ReadAt(p, off)
+	default:
+		_, err = s.WriteAt(p, off)
+	}
+	if err != nil && !errors.Is(err, bad) {
+		t.Error(err)
+	}
+	for b := r.Off / 4096; b*4096 < r.End() && kind != 3; b++ {
+		touched[b].Store(true)
+	}
+}
+
+func seeds(n uint64) uint64 {
+	if more, err := strconv.ParseUint(os.Getenv("TIDEMARK_SEEDS"), 10, 64); err == nil {
+		return more
+	}
+	return n
 }
 
 // TestGenerationEnds where the map would miss something, and only there.
