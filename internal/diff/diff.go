@@ -70,7 +70,7 @@ type Event struct {
 type Source interface {
 	// Grow adds about so many bytes, or what is left of its limit. It may be slow.
 	Grow(bytes int64) (Space, error)
-	// Room is how many bytes it can still give.
+	// Room is how many bytes it can still give. It never waits, not for Grow either.
 	Room() int64
 }
 

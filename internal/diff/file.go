@@ -28,7 +28,10 @@ type File struct {
 	made  bool
 	limit int64
 
-	mu      sync.Mutex
+	// growing is held while the file grows or is looked at, which may wait for the
+	// device whose writers ask for Room: those must not wait for it.
+	growing sync.Mutex
+	mu      sync.Mutex // of what follows, for a moment; changed with growing held too
 	size    int64
 	extents []block.Range // of the whole file on dev
 }
@@ -152,8 +155,8 @@ func (d *File) Name() string { return d.f.Name() }
 
 // Grow allocates more of the file and gives what came. It is stable when it returns.
 func (d *File) Grow(bytes int64) (Space, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.growing.Lock()
+	defer d.growing.Unlock()
 	n := min((bytes+Align-1)/Align*Align, d.limit-d.size)
 	if n <= 0 {
 		return nil, fmt.Errorf("%s has reached its limit of %d bytes: %w", d.f.Name(), d.limit, ErrFull)
@@ -162,7 +165,7 @@ func (d *File) Grow(bytes int64) (Space, error) {
 		if err := errors.Join(unix.Fallocate(int(d.f.Fd()), 0, d.size, n), d.f.Sync(), syncParent(d.f.Name())); err != nil {
 			return nil, fmt.Errorf("growing %s: %w", d.f.Name(), err)
 		}
-		d.size += n
+		d.grown(d.size+n, nil)
 		return d.space(d.size-n, n)
 	}
 	if err := d.check(); err != nil {
@@ -190,8 +193,14 @@ func (d *File) extend(n int64) error {
 	if got := part(all, 0, d.size); !slices.Equal(joined(got), joined(d.extents)) {
 		return fmt.Errorf("the file's blocks moved: %w", ErrCorrupt)
 	}
-	d.extents, d.size = all, d.size+n
+	d.grown(d.size+n, all)
 	return nil
+}
+
+func (d *File) grown(size int64, extents []block.Range) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.size, d.extents = size, extents
 }
 
 // allocate opens the file anew: after a restart it was immutable when it was opened.
@@ -221,8 +230,8 @@ func joined(in []block.Range) []block.Range {
 
 // Check looks again whether the file lies where it did.
 func (d *File) Check() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.growing.Lock()
+	defer d.growing.Unlock()
 	return d.check()
 }
 

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -272,5 +273,26 @@ func TestExtentRefusals(t *testing.T) {
 	r, err := extent(4096, 1<<20, 16384, unwritten|last|merged, 8192, 16384)
 	if err != nil || r != (block.Range{Off: 1<<20 + 4096, Len: 8192}) {
 		t.Errorf("an ordinary one: %v, %v", r, err)
+	}
+}
+
+// TestRoomWaitsForNobody: whoever reserves a slot asks for the room of a file that
+// may be growing just then, in a file system that waits for that very writer.
+func TestRoomWaitsForNobody(t *testing.T) {
+	f, err := OpenFile(filepath.Join(t.TempDir(), "f"), 1<<20, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.growing.Lock()
+	asked := make(chan int64)
+	go func() { asked <- f.Room() + f.Size() + int64(len(f.Extents())) }()
+	select {
+	case <-asked:
+	case <-time.After(time.Minute):
+		t.Error("the room of a file that grows is waited for")
+	}
+	f.growing.Unlock()
+	if err := f.Close(); err != nil {
+		t.Error(err)
 	}
 }
