@@ -64,6 +64,9 @@ func newDeviceCreate() *cobra.Command {
 				return json.NewEncoder(cmd.OutOrStdout()).Encode(d)
 			}
 			fmt.Fprintln(cmd.OutOrStdout(), d.Node)
+			if d.Front == "loop" {
+				fmt.Fprintln(cmd.ErrOrStderr(), "The loop front cannot outlive its server: when the daemon ends, whoever has the device open gets I/O errors.")
+			}
 			return nil
 		},
 	}

@@ -127,7 +127,7 @@ func (y *System) Add(name string, dev block.Device) (*Stack, error) {
 		if _, err := s.Attach(d.name, d.altitude, d.driver); err != nil {
 			y.health.Raise(health.Condition{Code: "filter-not-attached", Severity: health.Error, Subject: name + "/" + d.name,
 				Detail: fmt.Sprintf("The new device %s is served without the filter %s: %v.", name, d.name, err),
-				Remedy: "Mend the reason and attach the filter with tidemark device filters."})
+				Remedy: "Mend the reason and start the daemon again: it attaches the filters anew."})
 		}
 	}
 	y.mu.Lock()
@@ -263,7 +263,7 @@ func (s *Stack) inspect(now int64) {
 			a.slow.Store(true)
 			s.system.health.Raise(health.Condition{Code: "filter-slow", Severity: health.Warning, Subject: a.subject(),
 				Detail: fmt.Sprintf("The filter %s on %s keeps a request for %v. It is taken out after %v.", a.name, s.name, held.Round(time.Second), s.system.cfg.Stall),
-				Remedy: "See what it waits for; tidemark device filters detaches it."})
+				Remedy: "See what it waits for. It is taken out by itself, and the device goes on without it."})
 		}
 	}
 	for _, a := range s.chain.Load().steps {

@@ -44,7 +44,7 @@ func NewDiskOf(t testing.TB, size int64, sector int) *Disk {
 	t.Helper()
 	Need(t, "root", "loop")
 	sweep.Do(func() { sweepLeftovers(t) })
-	d := &Disk{File: filepath.Join(memoryDir(t), "disk"), Size: size}
+	d := &Disk{File: filepath.Join(MemoryDir(t), "disk"), Size: size}
 	f, err := os.Create(d.File)
 	if err != nil {
 		t.Fatal(err)
@@ -78,8 +78,8 @@ func Reattach(t testing.TB, file string) (path string) {
 	return dev.Path
 }
 
-// memoryDir is a folder that carries our name and process id, on tmpfs where there is one.
-func memoryDir(t testing.TB) string {
+// MemoryDir is a folder that carries our name and process id, on tmpfs where there is one.
+func MemoryDir(t testing.TB) string {
 	parent := "/dev/shm"
 	if st, err := os.Stat(parent); err != nil || !st.IsDir() {
 		parent = os.TempDir()

@@ -40,6 +40,7 @@ var probes = map[string]func() error{
 	"gcc":   tool("gcc"),
 
 	"sqlite3":    tool("sqlite3"),
+	"nbdservers": tool("qemu-nbd", "nbdkit", "qemu-storage-daemon"),
 	"nbdclients": tool("nbdinfo", "nbdcopy", "qemu-img", "qemu-io"),
 	"vm":         tool("qemu-system-x86_64"),
 	"lvm":        tool("lvm"),

@@ -126,6 +126,38 @@ func (d *Daemon) Start() {
 // PID is the daemon's process id.
 func (d *Daemon) PID() int { return d.cmd.Process.Pid }
 
+// Proc is a file of the daemon's folder in /proc.
+func (d *Daemon) Proc(name string) string {
+	d.t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", d.PID(), name))
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return string(text)
+}
+
+// FlushersOnly fails the test where a thread of the daemon is one that the kernel
+// may have wait for writes when memory is short.
+func (d *Daemon) FlushersOnly() {
+	d.t.Helper()
+	const memallocNoIO = 0x80000 // of a task's flags, set by PR_SET_IO_FLUSHER
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", d.PID()))
+	if err != nil || len(threads) == 0 {
+		d.t.Fatalf("threads: %v, %v", threads, err)
+	}
+	for _, path := range threads {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			continue // it ended
+		}
+		_, rest, _ := strings.Cut(string(text), ") ")
+		fields := strings.Fields(rest)
+		if flags, err := strconv.ParseUint(fields[6], 10, 32); err != nil || flags&memallocNoIO == 0 {
+			d.t.Errorf("%s: flags %s (%v): it may wait for its own device", path, fields[6], err)
+		}
+	}
+}
+
 // Kill ends the daemon with kill -9.
 func (d *Daemon) Kill() {
 	_ = d.cmd.Process.Kill()

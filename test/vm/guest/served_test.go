@@ -86,6 +86,7 @@ func TestServedPulled(t *testing.T) {
 	dev := scsi(t)
 	d := program.New(t)
 	served := strings.TrimSpace(d.Run("device", "create", "--backing", dev, "--name", "pulled"))
+	d.FlushersOnly()
 	dir := t.TempDir()
 	testkit.Run(t, "mkfs.ext4", "-q", served)
 	testkit.Run(t, "mount", served, dir)
