@@ -229,13 +229,8 @@ func (s *session) gaps() error {
 		return nil
 	}
 	s.engine.Checkpoint(fill.Place(s.place), s.position)
-	if time.Since(s.lastScan) >= scanEvery {
-		s.lastScan = time.Now()
-		scan, err := s.source.ScanInFlight()
-		if err != nil {
-			return err
-		}
-		s.engine.Scanned(fill.Place(scan.Low), scan.Dropped)
+	if err := s.lookInFlight(); err != nil {
+		return err
 	}
 	s.collect()
 	if err := s.appendReady(); err != nil {
@@ -243,6 +238,21 @@ func (s *session) gaps() error {
 	}
 	s.dispatch()
 	return s.settle()
+}
+
+// lookInFlight tells the engine, now and then, what is on its way to the disks:
+// behind that nothing may be read.
+func (s *session) lookInFlight() error {
+	if time.Since(s.lastScan) < scanEvery {
+		return nil
+	}
+	s.lastScan = time.Now()
+	scan, err := s.source.ScanInFlight()
+	if err != nil {
+		return err
+	}
+	s.engine.Scanned(fill.Place(scan.Low), scan.Dropped)
+	return nil
 }
 
 func (s *session) appendReady() error {
