@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 
 	"tidemark/internal/block"
 )
@@ -88,13 +91,44 @@ func checkBtrfs(fsid string) error {
 	if err != nil {
 		return err
 	}
+	var devs []string
 	for _, n := range names {
-		dev := "/dev/" + strings.ReplaceAll(filepath.Base(n), "!", "/")
-		if size, err := os.ReadFile(n + "/size"); err != nil || strings.TrimSpace(string(size)) == "0" {
-			continue
+		if size, err := os.ReadFile(n + "/size"); err == nil && strings.TrimSpace(string(size)) != "0" {
+			devs = append(devs, "/dev/"+strings.ReplaceAll(filepath.Base(n), "!", "/"))
 		}
-		if got, err := fsidOf(dev); err == nil && got == fsid {
-			return fmt.Errorf("%w: it is on %s; take that away, or export the view to another machine", sameFS(fsid), dev)
+	}
+	return lookFor(fsid, devs, fsidOf, diskTime)
+}
+
+// diskTime is how long the disks of the machine have to say what they hold.
+const diskTime = 10 * time.Second
+
+// lookFor asks all devices at once, and does not wait for one that hangs: what
+// it holds is not known then.
+func lookFor(fsid string, devs []string, read func(dev string) (string, error), patience time.Duration) error {
+	type answer struct{ dev, fsid string }
+	answers, silent := make(chan answer, len(devs)), map[string]bool{}
+	for _, dev := range devs {
+		silent[dev] = true
+		go func() {
+			got, err := read(dev)
+			if err != nil {
+				got = "" // what cannot be read cannot be mounted with it
+			}
+			answers <- answer{dev, got}
+		}()
+	}
+	end := time.After(patience)
+	for len(silent) > 0 {
+		select {
+		case a := <-answers:
+			if a.fsid == fsid {
+				return fmt.Errorf("%w: it is on %s; take that away, or export the view to another machine", sameFS(fsid), a.dev)
+			}
+			delete(silent, a.dev)
+		case <-end:
+			names := strings.Join(slices.Sorted(maps.Keys(silent)), ", ")
+			return fmt.Errorf("%w for all that can be told: %s has not answered for %v; take that away, or export the view to another machine", sameFS(fsid), names, patience)
 		}
 	}
 	return nil
