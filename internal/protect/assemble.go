@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"path/filepath"
@@ -310,22 +311,52 @@ func (s *session) reopen(i int, ranges []block.Range) {
 // useBase has fills compared with the newest point that the vault holds, so
 // that only what differs is stored again.
 func (s *session) useBase(ctx context.Context, h *timeline.History) {
+	s.compareWith(s.newest(ctx, h))
+}
+
+// base is the newest point of a history, disk by disk; nil where there is none.
+type base struct {
+	at    stream.Position
+	views []block.Device
+}
+
+// newest changes nothing of the session and may run beside it.
+func (s *session) newest(ctx context.Context, h *timeline.History) base {
 	st := h.Stretches()
-	if len(st) == 0 || len(s.filler.out) > 0 {
+	if len(st) == 0 {
+		return base{}
+	}
+	b := base{at: st[len(st)-1].Last, views: make([]block.Device, len(s.cfg.Disks))}
+	for i := range s.cfg.Disks {
+		v, err := h.View(ctx, i, b.at)
+		if err != nil {
+			s.log.Warn("no comparison with the vault: everything is copied", "group", s.cfg.Name, "error", err)
+			break
+		}
+		b.views[i] = v
+	}
+	return b
+}
+
+func (b base) close() {
+	for _, v := range b.views {
+		if c, ok := v.(io.Closer); ok {
+			_ = c.Close() // nothing was written to it
+		}
+	}
+}
+
+// compareWith hands the fills a base, which is closed where it is of no use.
+func (s *session) compareWith(b base) {
+	if len(b.views) == 0 || len(s.filler.out) > 0 {
+		b.close()
 		return
 	}
 	if err := s.filler.closeBases(); err != nil {
 		s.log.Warn("what the gap before was compared with", "group", s.cfg.Name, "error", err)
 	}
-	s.filler.base = st[len(st)-1].Last
-	for i := range s.cfg.Disks {
-		v, err := h.View(ctx, i, s.filler.base)
-		if err != nil {
-			s.log.Warn("no comparison with the vault: everything is copied", "group", s.cfg.Name, "error", err)
-			return
-		}
-		s.filler.bases[i] = v
-	}
+	s.filler.base = b.at
+	copy(s.filler.bases, b.views)
 }
 
 func (s *session) diskNames() (out []string) {

@@ -219,10 +219,44 @@ func (u untold) since(was untold) string {
 func (s *session) unknownTerritory(why string) error {
 	s.health.Raise(health.Condition{Code: "unknown-territory", Severity: health.Warning, Subject: s.cfg.Name,
 		Detail: "The disks are compared with the vault as a whole: " + why + ".", Remedy: "Nothing is to be done; points come again when the comparison has ended."})
-	if h, err := timeline.Load(context.Background(), s.vault, s.cfg.Name); err == nil && h.Damage() == nil {
-		s.useBase(context.Background(), h)
+	b, ok := within(baseTime, func(ctx context.Context) base {
+		if h, err := timeline.Load(ctx, s.vault, s.cfg.Name); err == nil && h.Damage() == nil {
+			return s.newest(ctx, h)
+		}
+		return base{}
+	}, base.close) // in the session's own goroutine a vault that hangs would stall the group
+	if !ok {
+		s.log.Warn("the vault does not answer: everything is copied, nothing compared", "group", s.cfg.Name, "waited", baseTime)
 	}
+	s.compareWith(b)
 	return s.openGap(stream.CauseTerritory, s.everything(), s.seenDrops)
+}
+
+// baseTime is how long a group waits for what its vault holds, to compare with
+// it. Meanwhile the ring holds what is written.
+const baseTime = 10 * time.Second
+
+// within waits for what may hang, for a bounded time. What comes later is given
+// to late, and the context has ended by then.
+func within[T any](limit time.Duration, get func(context.Context) T, late func(T)) (got T, ok bool) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	answer, left := make(chan T), make(chan struct{})
+	go func() {
+		v := get(ctx)
+		select {
+		case answer <- v:
+		case <-left:
+			late(v)
+		}
+	}()
+	select {
+	case got = <-answer:
+		return got, true
+	case <-ctx.Done():
+		close(left)
+		return got, false
+	}
 }
 
 // everything is all of every disk.

@@ -1,7 +1,9 @@
 package protect
 
 import (
+	"context"
 	"testing"
+	"time"
 
 	"tidemark/internal/source"
 )
@@ -27,5 +29,26 @@ func TestCrossCheck(t *testing.T) {
 		} else if c.found && s.watched.excess != nil {
 			t.Errorf("%v: the difference is not noted anew", c.ended)
 		}
+	}
+}
+
+// TestWithin: what hangs is waited for a bounded time, and what it gives later is not lost.
+func TestWithin(t *testing.T) {
+	late := make(chan int, 1)
+	put := func(n int) { late <- n }
+	if n, ok := within(time.Minute, func(context.Context) int { return 7 }, put); n != 7 || !ok {
+		t.Errorf("%d, %v", n, ok)
+	}
+	hang := make(chan struct{})
+	if n, ok := within(20*time.Millisecond, func(ctx context.Context) int {
+		<-ctx.Done()
+		<-hang
+		return 8
+	}, put); n != 0 || ok {
+		t.Errorf("it hangs: %d, %v", n, ok)
+	}
+	close(hang)
+	if n := <-late; n != 8 {
+		t.Errorf("what came late: %d", n)
 	}
 }

@@ -36,8 +36,8 @@ func Serve(conn *os.File, dev block.Device) error {
 	s, err := fuse.NewServer(f, fmt.Sprintf("/dev/fd/%d", fd), &fuse.MountOptions{
 		MaxWrite: maxRequest, MaxBackground: inFlight, DisableXAttrs: true, DisableReadDirPlus: true,
 		MaxInflightRequestBytes: 2 * inFlight * maxRequest, ExtraCapabilities: fuse.CAP_ASYNC_DIO,
-		DisableSplice: true, // our data is in memory: a pipe costs more than it saves
-		Logger: log.New(io.Discard, "", 0), // what it says ends up as an I/O error at the user
+		DisableSplice: true,                       // our data is in memory: a pipe costs more than it saves
+		Logger:        log.New(io.Discard, "", 0), // what it says ends up as an I/O error at the user
 	})
 	if err != nil {
 		return fmt.Errorf("speaking FUSE: %w", err)
