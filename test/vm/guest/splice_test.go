@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -105,6 +106,7 @@ type writer struct {
 	file *os.File
 	last map[int64]uint64 // what was written to each block, acknowledged
 	stop chan struct{}
+	quit sync.Once
 	done chan error
 
 	written atomic.Int64
@@ -123,13 +125,20 @@ func startWriter(t *testing.T, dir string) *writer {
 		t.Fatal(err)
 	}
 	w.file = f
-	go func() { w.done <- w.run() }()
-	t.Cleanup(func() { f.Close() })
+	buf := aligned(t, writerBlock)
+	go func() { w.done <- w.run(buf); close(w.done) }()
+	t.Cleanup(func() { // also where the test has failed: the buffer goes next
+		w.quit.Do(func() { close(w.stop) })
+		select {
+		case <-w.done:
+		case <-time.After(30 * time.Second):
+		}
+		f.Close()
+	})
 	return w
 }
 
-func (w *writer) run() error {
-	buf := aligned(w.t, writerBlock)
+func (w *writer) run(buf []byte) error {
 	rng := mrand.New(mrand.NewPCG(1, 2))
 	for n := uint64(1); ; n++ {
 		select {
@@ -158,7 +167,7 @@ func (w *writer) run() error {
 // end stops it, and holds what can be read against what was written.
 func (w *writer) end() {
 	w.t.Helper()
-	close(w.stop)
+	w.quit.Do(func() { close(w.stop) })
 	select {
 	case err := <-w.done:
 		if err != nil {
