@@ -2,6 +2,7 @@ package serve
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"time"
 
@@ -45,10 +46,15 @@ func (s *Server) late(ctx context.Context) {
 			continue
 		}
 		d.set(func() { d.spec = r.Spec })
-		if s.lay(d) != nil {
+		d.was = r.Disk
+		err = s.lay(d)
+		if err != nil && !errors.Is(err, ErrOtherDisk) {
 			continue // what is wrong is told already
 		}
-		if err := s.bringBack(ctx, d, r); err != nil {
+		if err == nil {
+			err = s.bringBack(ctx, d, r)
+		}
+		if err != nil {
 			if !slices.ContainsFunc(d.health.List(), func(c health.Condition) bool { return c.Detail == err.Error() }) { // not each second
 				s.offline(d, err)
 			}

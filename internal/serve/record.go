@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"tidemark/internal/disk"
 	"tidemark/internal/vfs"
 )
 
@@ -23,6 +24,8 @@ type record struct {
 	Spec   Spec            `json:"spec"`
 	Made   bool            `json:"made"`
 	Memory json.RawMessage `json:"memory,omitempty"` // the front's own
+	// Disk is the backing's identity when it was last looked at; nil of a file.
+	Disk *disk.Identity `json:"disk,omitempty"`
 	// GivenBack is when a guard gave a spliced volume its own table back.
 	GivenBack time.Time `json:"given_back,omitzero"`
 }

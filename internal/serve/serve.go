@@ -19,6 +19,7 @@ import (
 	"sync"
 
 	"tidemark/internal/backing"
+	"tidemark/internal/disk"
 	"tidemark/internal/filter/barrier"
 	"tidemark/internal/filter/cow"
 	"tidemark/internal/front/nbd"
@@ -98,8 +99,9 @@ type Device struct {
 	guard     *guard
 	givenBack bool // the volume has its own table again
 
-	disk incarnation // of the backing
-	gone bool        // it was pulled
+	was  *disk.Identity // of the backing, where that is a disk, when it was last looked at
+	disk incarnation    // of the backing
+	gone bool           // it was pulled
 }
 
 // Open brings back the devices that the state folder remembers. One that cannot
@@ -131,7 +133,7 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 				continue
 			}
 		} else if err == nil {
-			d.spec = r.Spec
+			d.spec, d.was = r.Spec, r.Disk
 			if err = s.takeOver(ctx, d, r); err == nil && !d.givenBack && !s.restarted(d) {
 				err = s.lay(d)
 			}
@@ -184,7 +186,7 @@ func (s *Server) Create(ctx context.Context, spec Spec) (Info, error) {
 	}
 	err = s.bring(ctx, d, nil)
 	if err == nil {
-		if err = s.save(record{Spec: spec, Made: true, Memory: d.served.memory()}); err != nil {
+		if err = s.save(record{Spec: spec, Made: true, Memory: d.served.memory(), Disk: d.was}); err != nil {
 			err = errors.Join(err, s.take(ctx, d))
 		}
 	}
@@ -225,6 +227,9 @@ func (s *Server) bringBack(ctx context.Context, d *Device, r record) error {
 	if d.spec.Splice != nil {
 		return s.leadBack(ctx, d)
 	}
+	if err := s.rememberDisk(d); err != nil { // known by what it was
+		s.env.Log.Warn("noting which disk is behind a device", "device", d.spec.Name, "error", err)
+	}
 	return nil
 }
 
@@ -243,6 +248,11 @@ func (s *Server) lay(d *Device) error {
 	if err != nil {
 		return err
 	}
+	now := identityOf(lower)
+	if err := checkDisk(d.spec.Backing, d.was, now); err != nil && d.spec.Splice == nil {
+		return errors.Join(err, lower.Close())
+	}
+	d.was = now
 	st, err := s.system.Add(d.spec.Name, lower)
 	if err != nil {
 		return errors.Join(err, lower.Close())
@@ -418,7 +428,7 @@ func (s *Server) Stop(ctx context.Context) error {
 	for _, d := range laid {
 		errs = append(errs, s.dismantle(d))
 		if slices.Contains(quiet, d) && !d.gone {
-			errs = append(errs, s.saveChanges(d))
+			errs = append(errs, s.saveChanges(d), s.rememberDisk(d))
 		}
 		d.set(func() { d.served, d.stack = nil, nil })
 	}
