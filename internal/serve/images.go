@@ -136,7 +136,11 @@ func (s *Server) bringBackImages(ctx context.Context) {
 	for _, path := range left {
 		name := strings.TrimSuffix(filepath.Base(path), recordSuffix)
 		if r, err := s.load(name); err == nil && !wanted[name] {
-			if err := errors.Join(s.front(r.Spec.Front).forget(ctx, r.Spec, r.Memory), s.erase(name)); err != nil {
+			err := s.front(r.Spec.Front).forget(ctx, r.Spec, r.Memory)
+			if err == nil {
+				err = s.erase(name)
+			}
+			if err != nil { // the next start tries again
 				s.env.Log.Warn("what is left of an image", "image", name, "error", err)
 			}
 		}
@@ -152,7 +156,35 @@ func (s *Server) endImage(ctx context.Context, name string) error {
 	if m == nil {
 		return nil
 	}
-	return errors.Join(s.unlinkName(name), m.served.end(ctx), s.erase(name))
+	err := errors.Join(s.unlinkName(name), m.served.end(ctx))
+	if l, ok := m.served.(lingerer); ok && !closed(l.lingers()) {
+		// Remembered as long as the kernel has it: if this process is killed, the next one forgets it.
+		s.watching.Go(func() {
+			select {
+			case <-l.lingers():
+				if err := s.erase(name); err != nil {
+					s.env.Log.Warn("what is left of an image", "image", name, "error", err)
+				}
+			case <-s.watch0.Done():
+			}
+		})
+		return err
+	}
+	return errors.Join(err, s.erase(name))
+}
+
+// lingerer is served by a front whose devices end with their last user.
+type lingerer interface {
+	lingers() <-chan struct{} // closed when it is gone
+}
+
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
 }
 
 // pauseImages lets go of the images, before their devices.

@@ -68,6 +68,8 @@ func (s nbdKernelServed) remove(ctx context.Context) error {
 	return err
 }
 
+func (s nbdKernelServed) lingers() <-chan struct{} { return s.Done() }
+
 // end leaves a device that is open to its last user: until then it gives errors.
 func (s nbdKernelServed) end(ctx context.Context) error {
 	err := s.Detach(ctx)

@@ -4,6 +4,7 @@ package guest
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -62,6 +63,7 @@ func TestBlksnap(t *testing.T) {
 	if text := d.Run("status"); !strings.Contains(text, "snapshot-foreign-device") {
 		t.Errorf("nothing says why a program got no snapshot: %s", text)
 	}
+	nothingLeft(t, "the walk", 2)
 	d.Restart()
 
 	out, err := exec.Command(client, "hold", devices[0], storage.Path).CombinedOutput()
@@ -100,6 +102,21 @@ func TestBlksnap(t *testing.T) {
 	if code := exitCode(exec.Command(client, "end", id).Run()); code != int(syscall.ENODEV) {
 		t.Errorf("destroyed twice: %d", code)
 	}
+	nothingLeft(t, "the destroyed snapshot", 2)
+
+	// Destroyed while somebody has the image open, and then the daemon is killed: the next one takes it away.
+	if out, err = exec.Command(client, "hold", devices[0], storage.Path).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	image, err := os.Open("/dev/blksnap-image0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Run("snapshot", "destroy", strings.TrimSpace(string(out)))
+	d.Kill()
+	image.Close()
+	d.Start()
+	nothingLeft(t, "an image that was open when its daemon was killed", 2)
 	d.Stop()
 	for _, name := range []string{"/dev/blksnap", "/dev/blksnap-image0"} {
 		if _, err := os.Lstat(name); !errors.Is(err, os.ErrNotExist) {
@@ -110,4 +127,17 @@ func TestBlksnap(t *testing.T) {
 	for _, name := range []string{"a", "b"} {
 		d.Run("device", "rm", name)
 	}
+	nothingLeft(t, "the devices", 0)
+}
+
+// nothingLeft: of the kernel's NBD devices only so many are in use.
+func nothingLeft(t *testing.T, after string, want int) {
+	t.Helper()
+	program.Eventually(t, 30*time.Second, "NBD devices are free after "+after, func() error {
+		left, _ := filepath.Glob("/sys/block/nbd*/backend")
+		if len(left) <= want {
+			return nil
+		}
+		return fmt.Errorf("in use: %v", left)
+	})
 }
