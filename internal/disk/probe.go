@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"sync"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -21,7 +23,47 @@ func (h Host) head(name string) []byte {
 		b, _ := os.ReadFile(h.path("/head/" + name)) // recorded beside the trees
 		return b
 	}
-	return readHead(h.node(name))
+	return hanging.within(headTime, h.node(name), readHead)
+}
+
+// headTime is how long a disk has to answer: one that stands still takes ten
+// seconds to turn again.
+const headTime = 15 * time.Second
+
+// hanging are the disks that have not answered in time, until they do. Who looks
+// for a disk looks at all of them, and must find it beside one that is dead.
+var hanging hung
+
+type hung struct{ nodes sync.Map }
+
+func (h *hung) within(limit time.Duration, node string, read func(string) []byte) []byte {
+	if _, known := h.nodes.Load(node); known {
+		return nil
+	}
+	got, late := make(chan []byte, 1), make(chan struct{})
+	go func() {
+		b := read(node)
+		got <- b
+		select {
+		case <-late:
+			h.nodes.Delete(node)
+		default:
+		}
+	}()
+	select {
+	case b := <-got:
+		return b
+	case <-time.After(limit):
+		h.nodes.Store(node, true)
+		close(late)
+		select {
+		case b := <-got: // just now
+			h.nodes.Delete(node)
+			return b
+		default:
+			return nil
+		}
+	}
 }
 
 func readHead(node string) []byte {
