@@ -15,11 +15,18 @@ import (
 // Compat are the interfaces of other systems that the daemon can answer.
 var Compat = []string{"blksnap"}
 
-// ErrCompat: there is no such interface.
-var ErrCompat = errors.New("no such interface")
+var (
+	// ErrCompat: there is no such interface.
+	ErrCompat = errors.New("no such interface")
+	// ErrCompatUnbuilt: there will be one, and it does not work as a whole yet.
+	ErrCompatUnbuilt = errors.New("this interface is not served yet")
+)
 
 func checkCompat(names []string) error {
 	for _, n := range names {
+		if n == "involflt" {
+			return fmt.Errorf("--compat involflt: %w: /dev/involflt is not connected with the groups (docs/involflt.md)\n  There are: %s", ErrCompatUnbuilt, strings.Join(Compat, ", "))
+		}
 		if !slices.Contains(Compat, n) {
 			return fmt.Errorf("--compat %q: %w\n  There are: %s", n, ErrCompat, strings.Join(Compat, ", "))
 		}
