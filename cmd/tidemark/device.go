@@ -181,40 +181,6 @@ file is made as large first. A device never becomes smaller.`,
 	return cmd
 }
 
-func newDeviceFilters() *cobra.Command {
-	var asJSON bool
-	cmd := &cobra.Command{
-		Use:     "filters NAME",
-		Short:   "List the filters of a device, highest altitude first",
-		Example: "  tidemark device filters data",
-		RunE: func(cmd *cobra.Command, args []string) error {
-			devices, err := dial(socketFlagOf(cmd)).Devices(cmd.Context())
-			if err != nil {
-				return err
-			}
-			for _, d := range devices {
-				if d.Name != args[0] {
-					continue
-				}
-				if asJSON {
-					return json.NewEncoder(cmd.OutOrStdout()).Encode(d.Filters)
-				}
-				var rows []table.Row
-				for _, f := range d.Filters {
-					rows = append(rows, table.Row{f.Altitude, f.Name})
-				}
-				printTable(cmd.OutOrStdout(), table.Row{"ALTITUDE", "FILTER"}, rows)
-				return nil
-			}
-			return &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("no device %q", args[0]), Remedy: "tidemark device ls lists the devices."}
-		},
-		ValidArgsFunction: completeDevices,
-	}
-	socketFlag(cmd)
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
-	return cmd
-}
-
 func newDeviceSplice() *cobra.Command {
 	var req api.SpliceRequest
 	var asJSON bool

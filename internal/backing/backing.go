@@ -35,6 +35,7 @@ import (
 var (
 	ErrInUse = errors.New("is in use (mounted, swap, part of an LVM volume group or a RAID, or served already)")
 	ErrKind  = errors.New("is neither a block device nor a regular file")
+	ErrEmpty = errors.New("holds less than one block")
 	// ErrShrunk: the disk or file became smaller under us, or would become so.
 	ErrShrunk = errors.New("would become smaller")
 )

@@ -37,7 +37,7 @@ func (d *Device) measure(o Options) error {
 		return err
 	}
 	if size -= size % l.LogicalBlock; size == 0 {
-		return fmt.Errorf("holds less than one block of %d bytes", l.LogicalBlock)
+		return fmt.Errorf("%w of %d bytes", ErrEmpty, l.LogicalBlock)
 	}
 	d.size.Store(size)
 	return nil

@@ -34,11 +34,12 @@ var ErrDamaged = errors.New("change map file is damaged")
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// Open continues the map that Save left under a name, where it is one of the same
-// device (identity, any text) with the same size; otherwise it begins a new
-// generation and why says the reason. In either case the file is gone, stable,
-// when Open returns: nobody can take it for the truth after a crash.
-func Open(fsys vfs.FS, name, identity string, size int64) (m *Map, why string, err error) {
+// Open continues the map that Save left under a name, where fits says of the
+// identity that Save was given that nothing was written since, and the size is the
+// same; otherwise it begins a new generation and why says the reason. In either case
+// the file is gone, stable, when Open returns: nobody can take it for the truth after
+// a crash.
+func Open(fsys vfs.FS, name string, fits func(identity string) bool, size int64) (m *Map, why string, err error) {
 	b, err := fsys.ReadFile(name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -53,16 +54,19 @@ func Open(fsys vfs.FS, name, identity string, size int64) (m *Map, why string, e
 	switch {
 	case err != nil:
 		return New(size), err.Error(), nil
-	case was != identity:
-		return New(size), fmt.Sprintf("the map is of another device (%s, not %s)", was, identity), nil
+	case !fits(was):
+		return New(size), fmt.Sprintf("the map is of another device, or of one that was written to since (%s)", was), nil
 	case m.write.Load().size != size:
 		return New(size), fmt.Sprintf("the device had %d bytes and has %d", m.write.Load().size, size), nil
 	}
 	return m, "", nil
 }
 
-// Save leaves the map for the next Open. No write may come after it.
+// Save leaves the map for the next Open, unless it is blind. No write may come after it.
 func (m *Map) Save(fsys vfs.FS, name, identity string) error {
+	if m.isBlind() {
+		return nil // Open has removed the file: the next one begins a new generation
+	}
 	m.mu.Lock()
 	b := m.encode(identity)
 	m.mu.Unlock()

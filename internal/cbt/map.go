@@ -18,6 +18,9 @@
 // The map never misses a change; it may name more than changed: whole blocks are
 // marked, and before the write is done, whether it succeeds or not.
 //
+// When nobody marks any more (Blind) it claims nothing: each snapshot begins a
+// generation of its own, and every question gets ErrFullCopy until Sighted.
+//
 // # Block size
 //
 // A table has a byte a block and at most 16 Mi of them: blocks are 4 KiB up to a
@@ -103,7 +106,8 @@ type side struct {
 type Map struct {
 	write atomic.Pointer[side]
 	read  atomic.Pointer[side]
-	mu    sync.Mutex // changes of the sides
+	mu    sync.Mutex // changes of the sides, and of blind
+	blind bool       // nobody marks
 }
 
 // New gives a map of a new generation in which nothing is known yet: its first
@@ -152,6 +156,9 @@ func (m *Map) MarkDirty(r block.Range) error {
 func (m *Map) Take() *Changes {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.blind { // what changed since the one before is not known
+		m.begin(m.write.Load().size)
+	}
 	w := m.write.Load()
 	rd := &side{size: w.size, generation: w.generation, number: w.number, blocks: w.blocks.clone()}
 	m.read.Store(rd)
@@ -169,6 +176,34 @@ func (m *Map) Reset() {
 	defer m.mu.Unlock()
 	m.begin(m.write.Load().size)
 }
+
+// Blind says that nobody marks from now on. The generation ends.
+func (m *Map) Blind() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.blind = true
+	m.begin(m.write.Load().size)
+}
+
+// Sighted says that every change is marked again, from now on. After Blind a new
+// generation begins, otherwise nothing does.
+func (m *Map) Sighted() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.blind {
+		m.blind = false
+		m.begin(m.write.Load().size)
+	}
+}
+
+func (m *Map) isBlind() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.blind
+}
+
+// errBlind is why a blind map answers nothing.
+var errBlind = fmt.Errorf("nothing tracks its changes, as the filter for that was taken out: %w", ErrFullCopy)
 
 // Resize begins a new generation where the size, in bytes, is another one. It is
 // called before the first write to what is new.
@@ -188,10 +223,11 @@ func (s *side) info() Info {
 	return Info{Size: s.size, BlockSize: b, Blocks: (s.size + b - 1) / b, Generation: s.generation, Number: uint8(s.number)}
 }
 
-// Newest gives the table of the newest snapshot; false: there was none in this generation.
+// Newest gives the table of the newest snapshot; false: there was none in this
+// generation, or the map is blind.
 func (m *Map) Newest() (*Changes, bool) {
 	rd := m.read.Load()
-	if rd.number == 0 {
+	if rd.number == 0 || m.isBlind() {
 		return nil, false
 	}
 	return &Changes{rd, 0}, true
@@ -199,6 +235,9 @@ func (m *Map) Newest() (*Changes, bool) {
 
 // Since gives what changed between an earlier snapshot and the newest one.
 func (m *Map) Since(g Generation, number uint8) (*Changes, error) {
+	if m.isBlind() {
+		return nil, errBlind
+	}
 	rd := m.read.Load()
 	return (&Changes{rd, 0}).Since(g, number)
 }
@@ -208,6 +247,9 @@ func (m *Map) Since(g Generation, number uint8) (*Changes, error) {
 func (m *Map) Live(g Generation, number uint8) (*Changes, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.blind {
+		return nil, errBlind
+	}
 	w := m.write.Load()
 	live := &side{size: w.size, generation: w.generation, number: w.number - 1, blocks: w.blocks.clone()}
 	return (&Changes{live, 0}).Since(g, number)

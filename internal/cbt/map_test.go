@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"sync"
@@ -13,6 +14,7 @@ import (
 	"testing"
 
 	"tidemark/internal/block"
+	"tidemark/internal/vfs"
 )
 
 // seeds is how many seeds a test tries: n, or TIDEMARK_SEEDS.
@@ -212,6 +214,56 @@ func TestFullCopyWhereContinuityIsGone(t *testing.T) {
 }
 
 func second[T any](_ T, err error) error { return err }
+
+// TestBlind: while nobody marks nothing is claimed, about before, meanwhile or
+// after; only from two snapshots on that begin after Sighted something is known again.
+func TestBlind(t *testing.T) {
+	m := New(1 << 20)
+	first := m.Take()
+	unknown := func(what string, g Generation) {
+		t.Helper()
+		for _, ask := range []func(Generation, uint8) (*Changes, error){m.Since, m.Live} {
+			if c, err := ask(g, 1); !errors.Is(err, ErrFullCopy) {
+				t.Errorf("%s: %+v, %v, want %v", what, c, err, ErrFullCopy)
+			}
+		}
+	}
+	m.Blind()
+	unknown("blind, since before", first.Info().Generation)
+	second, third := m.Take(), m.Take()
+	if second.Info().Generation == third.Info().Generation || second.Info().Generation == first.Info().Generation {
+		t.Error("snapshots between which nobody marked are of one generation")
+	}
+	unknown("blind, since meanwhile", third.Info().Generation)
+	if _, ok := m.Newest(); ok {
+		t.Error("a blind map has a newest table")
+	}
+	file := filepath.Join(t.TempDir(), "map")
+	if err := m.Save(vfs.OS{}, file, "x"); err != nil {
+		t.Error(err)
+	}
+	if _, why, err := Open(vfs.OS{}, file, is("x"), 1<<20); err != nil || why == "" {
+		t.Errorf("a blind map was saved, and goes on: %q, %v", why, err)
+	}
+	m.Sighted()
+	unknown("since meanwhile", third.Info().Generation)
+	fourth := m.Take()
+	m.Mark(block.Range{Off: 8192, Len: 1})
+	if got := m.Take(); got.Info().Generation != fourth.Info().Generation {
+		t.Error("it does not go on where everything is marked")
+	}
+	c, err := m.Since(fourth.Info().Generation, fourth.Info().Number)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := slices.Collect(c.Ranges()); !slices.Equal(got, []block.Range{{Off: 8192, Len: 4096}}) {
+		t.Errorf("changed: %v", got)
+	}
+	m.Sighted()
+	if m.Writing().Generation != fourth.Info().Generation {
+		t.Error("a map that was never blind begins anew")
+	}
+}
 
 // TestMarkDirtyShowsAtOnce in the newest snapshot's table and in the next one.
 func TestMarkDirtyShowsAtOnce(t *testing.T) {

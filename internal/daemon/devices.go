@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tidemark/internal/block"
 	"tidemark/internal/control/api"
 	"tidemark/internal/health"
 	"tidemark/internal/serve"
@@ -36,6 +37,28 @@ func (s *service) RemoveDevice(ctx context.Context, name string) error {
 
 func (s *service) ResizeDevice(ctx context.Context, name string, r api.ResizeRequest) (api.Device, error) {
 	i, err := s.devices.Resize(ctx, name, r.SizeBytes)
+	if err != nil {
+		return api.Device{}, coded(err)
+	}
+	return deviceOf(i), nil
+}
+
+// ChangeFilters puts a filter over a live device or takes one off.
+func (s *service) ChangeFilters(_ context.Context, name string, r api.FilterRequest) (api.Device, error) {
+	var i serve.Info
+	var err error
+	switch {
+	case (r.Attach == "") == (r.Detach == ""):
+		return api.Device{}, &api.Error{Code: api.CodeUsage, Message: "one filter is attached or detached at a time: want one of attach and detach"}
+	case r.Attach != "":
+		spec := serve.FilterSpec{Name: r.Attach, Delay: time.Duration(r.DelaySeconds * float64(time.Second))}
+		if r.Range != nil {
+			spec.Range = block.Range{Off: r.Range.Offset, Len: r.Range.Length}
+		}
+		i, err = s.devices.AttachFilter(name, spec, r.Force)
+	default:
+		i, err = s.devices.DetachFilter(name, r.Detach, r.Force)
+	}
 	if err != nil {
 		return api.Device{}, coded(err)
 	}

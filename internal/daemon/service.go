@@ -27,6 +27,7 @@ import (
 	"tidemark/internal/serve"
 	"tidemark/internal/snapshot"
 	"tidemark/internal/spool"
+	"tidemark/internal/stack"
 	"tidemark/internal/stream"
 	"tidemark/internal/tap"
 	"tidemark/internal/vault"
@@ -256,9 +257,15 @@ func coded(err error) error {
 		{serve.ErrName, api.CodeUsage, "Give another --name."},
 		{serve.ErrExists, api.CodeInUse, "Give another --name."},
 		{serve.ErrInUse, api.CodeInUse, ""},
+		{serve.ErrNoFilter, api.CodeNotFound, "tidemark device filters NAME lists those that a device has."},
+		{serve.ErrSetting, api.CodeUsage, ""},
+		{serve.ErrSpoils, api.CodeRefused, ""},
+		{stack.ErrStalled, api.CodeUnreachable, "Try again when its requests have ended."},
 		{serve.ErrNotFound, api.CodeNotFound, "tidemark device ls lists the devices."},
 		{serve.ErrFront, api.CodeRefused, "tidemark doctor says what this machine can do."},
 		{backing.ErrInUse, api.CodeInUse, "Unmount it, or end what has it open."},
+		{serve.ErrNoFront, api.CodeUsage, ""},
+		{backing.ErrEmpty, api.CodeRefused, "Make it larger first: truncate -s SIZE FILE."},
 		{backing.ErrKind, api.CodeRefused, "Name a disk or an image file."},
 		{cbt.ErrFullCopy, api.CodeFullCopy, "Copy the whole device, from a snapshot, and ask from that snapshot on."},
 		{serve.ErrRefused, api.CodeRefused, ""},

@@ -50,16 +50,16 @@ func (s *Server) rings() (out []string) {
 	return out
 }
 
-// openCaptures goes on with the captures of an earlier process. The devices are
-// laid, and have no requests yet: nothing goes past the filters. Where one cannot
-// be had its group begins anew when it finds that out.
-func (s *Server) openCaptures() {
+// openRings goes on with the rings of an earlier process. Its filters come with
+// the devices (captureLaid). Where one cannot be had its group begins anew when it
+// finds that out.
+func (s *Server) openRings() {
 	wanted := map[string]bool{}
 	for _, c := range s.env.Captures {
 		wanted[c.Group+ringSuffix] = true
 		k := &capturing{Capture: c}
 		s.captures[c.Group] = k
-		if err := s.continueCapture(k); err != nil {
+		if err := s.continueRing(k); err != nil {
 			s.env.Log.Warn("the capture of served devices cannot go on", "group", c.Group, "error", err)
 		}
 	}
@@ -70,9 +70,8 @@ func (s *Server) openCaptures() {
 	}
 }
 
-// continueCapture opens the ring that an earlier process left, and puts the filters
-// over those of its devices that are there.
-func (s *Server) continueCapture(k *capturing) error {
+// continueRing opens the ring that an earlier process left.
+func (s *Server) continueRing(k *capturing) error {
 	for _, folder := range s.ringFolders() {
 		cfg := k.config(filepath.Join(folder, k.Group+ringSuffix))
 		if _, err := os.Stat(cfg.Path); err != nil {
@@ -86,14 +85,21 @@ func (s *Server) continueCapture(k *capturing) error {
 			return ring.Remove()
 		}
 		k.ring = ring
-		for i := range k.Disks {
-			if err := s.attachCapture(k, i); err != nil {
-				ring.Distrust(i, err)
-			}
-		}
 		return nil
 	}
 	return nil
+}
+
+// distrustAbsent says of the devices that are not there that nobody captures
+// what is written to them: a volume that was given back is written past us.
+func (s *Server) distrustAbsent() {
+	for _, k := range s.captures {
+		for i, disk := range k.Disks {
+			if d := s.devices[disk.Name]; k.ring != nil && (d == nil || d.stack == nil) {
+				k.ring.Distrust(i, fmt.Errorf("the device %s is offline: %w", disk.Name, ErrNotFound))
+			}
+		}
+	}
 }
 
 func (k *capturing) config(path string) capture.Config {
@@ -107,7 +113,7 @@ func (s *Server) attachCapture(k *capturing, disk int) error {
 		return err
 	}
 	st := d.now().stack
-	if st == nil { // a volume that was given back is written past us
+	if st == nil {
 		return fmt.Errorf("the device %s is offline: %w", d.now().spec.Name, ErrNotFound)
 	}
 	_, err = st.Attach(capture.Name, capture.Altitude, k.ring.Driver(disk))

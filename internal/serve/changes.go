@@ -1,16 +1,18 @@
 package serve
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 
 	"tidemark/internal/block"
 	"tidemark/internal/cbt"
-	"tidemark/internal/filter/track"
 	"tidemark/internal/front/nbd"
 	"tidemark/internal/stack"
 	"tidemark/internal/vfs"
@@ -23,23 +25,22 @@ func (s *Server) changesFile(name string) string {
 	return filepath.Join(s.folder, name+changesSuffix)
 }
 
-// trackChanges begins or goes on with a device's change map. state is what
+// openChanges begins or goes on with a device's change map. state is what
 // backingState said before the backing was opened.
-func (s *Server) trackChanges(spec Spec, state string, st *stack.Stack) (*cbt.Map, error) {
-	m, why, err := cbt.Open(vfs.OS{}, s.changesFile(spec.Name), state, st.Size())
+func (s *Server) openChanges(spec Spec, state backingState, st *stack.Stack) (*cbt.Map, error) {
+	m, why, err := cbt.Open(vfs.OS{}, s.changesFile(spec.Name), state.continues, st.Size())
 	if err != nil {
 		return nil, fmt.Errorf("the change map of %s: %w", spec.Name, err)
 	}
 	if why != "" {
 		s.env.Log.Info("a change map begins anew", "device", spec.Name, "generation", m.Writing().Generation.String(), "why", why)
 	}
-	_, err = st.Attach(track.Name, track.Altitude, track.Driver(m))
-	return m, err
+	return m, nil
 }
 
 // saveChanges keeps the map for the next process; nothing is written any more.
 func (s *Server) saveChanges(d *Device) error {
-	return d.part.Changes.Save(vfs.OS{}, s.changesFile(d.spec.Name), d.spec.backingState())
+	return d.part.Changes.Save(vfs.OS{}, s.changesFile(d.spec.Name), d.spec.backingState().String())
 }
 
 func (s *Server) eraseChanges(name string) error {
@@ -50,14 +51,58 @@ func (s *Server) eraseChanges(name string) error {
 	return err
 }
 
-// backingState is what must be equal at the next start for the map to be true:
-// the device, and of an image file who it is and when it was last written.
-func (spec Spec) backingState() string {
-	st, err := os.Stat(spec.Backing)
-	if err != nil || !st.Mode().IsRegular() {
-		return spec.ID
+// backingState says what the backing is at a moment, so that a later one can tell
+// whether anybody has written to it since: of an image file how large it is and when
+// it was last written, of a disk how much was written to it since it appeared.
+type backingState struct {
+	id   string // the device's
+	file string // of an image file; the rest is of a disk
+	boot string
+	disk string // its number in this boot
+	// written is in sectors, and discarded; counted is false where the disk does not count.
+	written, discarded uint64
+	counted            bool
+}
+
+func (spec Spec) backingState() backingState {
+	now := backingState{id: spec.ID}
+	if st, err := os.Stat(spec.Backing); err == nil && st.Mode().IsRegular() {
+		now.file = fmt.Sprintf("%d %d", st.Size(), st.ModTime().UnixNano())
+		return now
 	}
-	return fmt.Sprintf("%s %d %d", spec.ID, st.Size(), st.ModTime().UnixNano())
+	i := incarnationOf(spec.Backing)
+	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	stat, _ := os.ReadFile("/sys/class/block/" + i.name + "/stat")
+	iostats, _ := os.ReadFile("/sys/class/block/" + i.name + "/queue/iostats") // absent: it counts, or is a partition
+	now.boot, now.disk = strings.TrimSpace(string(boot)), i.seq
+	if f := strings.Fields(string(stat)); len(f) > 13 {
+		var e1, e2 error
+		now.written, e1 = strconv.ParseUint(f[6], 10, 64)
+		now.discarded, e2 = strconv.ParseUint(f[13], 10, 64)
+		now.counted = e1 == nil && e2 == nil && now.boot != "" && strings.TrimSpace(string(iostats)) != "0"
+	}
+	return now
+}
+
+// String is what a change map's file remembers.
+func (b backingState) String() string {
+	if b.file != "" {
+		return b.id + " " + b.file
+	}
+	return fmt.Sprintf("%s disk %s %s %d %d", b.id, b.boot, cmp.Or(b.disk, "-"), b.written, b.discarded)
+}
+
+// continues says whether nothing was written to the backing since it was as text
+// says, in this boot or, where nobody has written to it since the start, in another.
+func (b backingState) continues(text string) bool {
+	if b.file != "" || !b.counted {
+		return b.file != "" && text == b.String()
+	}
+	if text == b.String() {
+		return true
+	}
+	f := strings.Fields(text)
+	return len(f) == 6 && f[0] == b.id && f[1] == "disk" && f[2] != "" && f[2] != b.boot && b.written == 0 && b.discarded == 0
 }
 
 // Changes gives the change map of a device.
@@ -76,7 +121,11 @@ func (s *Server) Changes(name string) (*cbt.Map, error) {
 // bitmaps shows NBD clients what changed after each snapshot of the map's
 // generation: since-N is what changed after snapshot N, up to when it is first looked at.
 func bitmaps(m *cbt.Map) (out []nbd.Bitmap) {
-	newest := m.Info()
+	taken, ok := m.Newest()
+	if !ok {
+		return nil
+	}
+	newest := taken.Info()
 	for n := 1; n <= int(newest.Number); n++ {
 		table := sync.OnceValues(func() (*cbt.Changes, error) { return m.Live(newest.Generation, uint8(n)) }) // 16 MiB, maybe
 		out = append(out, nbd.Bitmap{Name: fmt.Sprintf("since-%d", n), Map: changeRuns(table)})

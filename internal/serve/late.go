@@ -4,31 +4,10 @@ import (
 	"context"
 	"errors"
 	"slices"
-	"time"
 
 	"tidemark/internal/health"
 	"tidemark/internal/snapshot"
 )
-
-// lateEvery is how often offline devices are looked at again.
-const lateEvery = time.Second
-
-// watchLate brings back devices whose backing comes later than the daemon.
-func (s *Server) watchLate(ctx context.Context) {
-	tick := time.NewTicker(lateEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		if slices.ContainsFunc(s.list(), func(d *Device) bool { return d.now().served == nil }) && s.changes.TryLock() {
-			s.late(ctx)
-			s.changes.Unlock()
-		}
-	}
-}
 
 // late tries each offline device once. Those that a snapshot is of wait for the
 // next start of the daemon: their images have to begin before the first request.

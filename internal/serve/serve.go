@@ -17,11 +17,10 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"tidemark/internal/backing"
 	"tidemark/internal/disk"
-	"tidemark/internal/filter/barrier"
-	"tidemark/internal/filter/cow"
 	"tidemark/internal/front/nbd"
 	"tidemark/internal/health"
 	"tidemark/internal/snapshot"
@@ -36,6 +35,7 @@ var (
 	ErrNotFound = errors.New("no such device")
 	ErrInUse    = errors.New("in use")
 	ErrFront    = errors.New("this front cannot be had here")
+	ErrNoFront  = errors.New("not what a front is asked for")
 	ErrSize     = errors.New("not a size for the device")
 	ErrDamaged  = errors.New("what is remembered of the device is damaged")
 )
@@ -53,6 +53,9 @@ type Env struct {
 	Log   *slog.Logger
 	// Taken says who else of this daemon uses a path, "" for nobody; nil: nobody.
 	Taken func(path string) string
+	// Look is how often is looked whether disks came or went, besides when the
+	// kernel tells of it; 0: as suits each.
+	Look time.Duration
 	// Captures are those of the protected groups of the state folder.
 	Captures []Capture
 }
@@ -76,6 +79,8 @@ type Server struct {
 	watch0   context.Context // until Stop
 	cancel   context.CancelFunc
 	watching sync.WaitGroup
+	changed  hint // a disk went, or a mapped device changed
+	arrived  hint // a disk came, or has become one
 
 	mu      sync.Mutex // held for a moment
 	devices map[string]*Device
@@ -112,6 +117,7 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 	s.watch0, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	s.images, s.logs, s.disks, s.byExtent = map[string]*image{}, map[string]*eventLog{}, map[string]*backing.Device{}, map[string]bool{}
 	s.captures = map[string]*capturing{}
+	s.changed, s.arrived = make(hint, 1), make(hint, 1)
 	if env.Nodes == "" {
 		env.Nodes = "/dev/tidemark"
 	}
@@ -119,6 +125,9 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
+	s.watching.Go(func() { s.listen(s.watch0) }) // before anything is looked at: what comes meanwhile is looked at again
+	s.memory = s.memoryFolder()
+	s.openRings()
 	records := map[string]record{}
 	for _, e := range entries {
 		name, ok := strings.CutSuffix(e.Name(), recordSuffix)
@@ -145,11 +154,13 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 		}
 		s.devices[name] = d
 	}
-	// Snapshots and captures go on before the first request comes through a front.
+	// Snapshots go on before the first request comes through a front. What they
+	// write to difference storage passes the captures, which are there already.
+	s.distrustAbsent()
 	if err := s.openSnapshots(); err != nil {
+		s.cancel()
 		return nil, errors.Join(err, s.system.Close())
 	}
-	s.openCaptures()
 	for name, r := range records {
 		d, err := s.devices[name], error(nil)
 		switch {
@@ -257,24 +268,18 @@ func (s *Server) lay(d *Device) error {
 	if err != nil {
 		return errors.Join(err, lower.Close())
 	}
+	s.captureLaid(d.spec.Name, st) // the lowest first
 	part := snapshot.Device{Name: d.spec.Name}
-	part.Changes, err = s.trackChanges(d.spec, state, st)
-	for _, f := range []struct {
-		name     string
-		altitude int
-		driver   stack.Driver
-	}{
-		{cow.Name, cow.Altitude, cow.Driver(func(f *cow.Filter) { part.Cow = f })},
-		{barrier.Name, barrier.Altitude, barrier.Driver(func(f *barrier.Filter) { part.Barrier = f })},
-	} {
-		if err == nil {
-			_, err = st.Attach(f.name, f.altitude, f.driver)
+	if part.Changes, err = s.openChanges(d.spec, state, st); err == nil {
+		for _, f := range usual(&part) {
+			if err == nil {
+				_, err = st.Attach(f.name, f.altitude, f.driver)
+			}
 		}
 	}
 	if err != nil {
 		return errors.Join(err, s.system.Remove(d.spec.Name), lower.Close())
 	}
-	s.captureLaid(d.spec.Name, st)
 	d.disk, d.gone = incarnationOf(lower.Path()), false
 	d.set(func() { d.lower, d.stack, d.part = lower, st, part })
 	return nil

@@ -226,8 +226,8 @@ func TestRefusals(t *testing.T) {
 		"by another name": {Spec{Name: "second", Backing: link}, ErrInUse},
 		"taken elsewhere": {Spec{Name: "second", Backing: "/dev/null"}, ErrInUse},
 		"no backing":      {Spec{Name: "second", Backing: other + "x"}, fs.ErrNotExist},
-		"no such front":   {Spec{Name: "second", Backing: other, Front: "iscsi"}, ErrFront},
-		"loop listens":    {Spec{Name: "second", Backing: other, Front: FrontLoop, Listen: "nbd://127.0.0.1/x"}, ErrFront},
+		"no such front":   {Spec{Name: "second", Backing: other, Front: "iscsi"}, ErrNoFront},
+		"loop listens":    {Spec{Name: "second", Backing: other, Front: FrontLoop, Listen: "nbd://127.0.0.1/x"}, ErrNoFront},
 	} {
 		if _, err := s.Create(t.Context(), c.spec); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
@@ -247,6 +247,28 @@ func TestRefusals(t *testing.T) {
 	}
 	if err := s.Remove(t.Context(), "second"); !errors.Is(err, ErrNotFound) {
 		t.Errorf("removing what is not there: %v, want %v", err, ErrNotFound)
+	}
+}
+
+// TestNotOverItself: what this process serves, and what lies on that, backs no
+// other device of it.
+func TestNotOverItself(t *testing.T) {
+	testkit.Need(t, "root", "loop", "fuse", "ext4")
+	s := open(t, newEnv(t))
+	i := create(t, s, Spec{Name: "below", Backing: imageFile(t, 16*mib), Front: FrontLoop})
+	outside(t, "mkfs.ext4", "-q", i.Node)
+	dir := t.TempDir()
+	outside(t, "mount", i.Node, dir)
+	t.Cleanup(func() {
+		if out, err := exec.Command("timeout", "60", "umount", dir).CombinedOutput(); err != nil {
+			t.Errorf("umount: %v: %s", err, out)
+		}
+	})
+	outside(t, "truncate", "-s", "1M", filepath.Join(dir, "image"))
+	for _, path := range []string{i.Node, i.Kernel, filepath.Join(dir, "image")} {
+		if _, err := s.Create(t.Context(), Spec{Name: "above", Backing: path, Front: FrontNBDServer}); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), "below") {
+			t.Errorf("over %s: %v, want %v", path, err, ErrInUse)
+		}
 	}
 }
 

@@ -29,7 +29,6 @@ func (s *Server) openSnapshots() error {
 	if err != nil {
 		return err
 	}
-	s.memory = s.memoryFolder()
 	s.set, err = snapshot.Open(snapshot.Config{
 		Dir: filepath.Join(s.env.StateDir, "snapshots"), Memory: s.memory, BootID: strings.TrimSpace(string(boot)),
 		Trouble: func(id string, err error) {
@@ -60,6 +59,9 @@ func (s *Server) partsOf(name string) (snapshot.Device, error) {
 	now := d.now()
 	if now.stack == nil {
 		return snapshot.Device{}, fmt.Errorf("%s is offline: %w", name, snapshot.ErrNoDevice)
+	}
+	if f := missing(now.stack); f != "" {
+		return snapshot.Device{}, fmt.Errorf("%s: %w %s, which snapshots need: tidemark device filters %[1]s --attach %[3]s", now.spec.Name, ErrNoFilter, f)
 	}
 	return now.part, nil
 }

@@ -77,6 +77,9 @@ func (s *Server) check(spec *Spec) error {
 			return fmt.Errorf("%s is %w: it backs the device %s", path, ErrInUse, other.Name)
 		}
 	}
+	if name := s.ownUnder(path); name != "" {
+		return fmt.Errorf("%s is %w: it is, or lies on, %s, which this daemon serves, and which it would wait for itself", path, ErrInUse, name)
+	}
 	if s.env.Taken != nil {
 		if who := s.env.Taken(path); who != "" {
 			return fmt.Errorf("%s is %w: %s", path, ErrInUse, who)
@@ -89,13 +92,13 @@ func (s *Server) check(spec *Spec) error {
 	}
 	f := s.fronts[spec.Front]
 	if f == nil {
-		return fmt.Errorf("%q: %w: want %s or %s", spec.Front, ErrFront, Auto, strings.Join(Fronts, ", "))
+		return fmt.Errorf("%q: %w: want %s, %s", spec.Front, ErrNoFront, Auto, strings.Join(Fronts, ", "))
 	}
 	if err := f.probe(); err != nil {
 		return fmt.Errorf("%s: %w: %w", spec.Front, ErrFront, err)
 	}
 	if spec.Listen != "" && spec.Front != FrontNBDServer {
-		return fmt.Errorf("%w: only %s listens, not %s", ErrFront, FrontNBDServer, spec.Front)
+		return fmt.Errorf("%q: %w: only %s listens, not %s", spec.Listen, ErrNoFront, FrontNBDServer, spec.Front)
 	}
 	return nil
 }

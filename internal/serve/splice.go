@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -404,37 +403,6 @@ func (s *Server) Unsplice(ctx context.Context, name string) error {
 		return err
 	}
 	return errors.Join(s.forgotten(name), d.claim.Close())
-}
-
-// watch looks at the spliced volumes, and at the disks behind devices, whenever
-// the kernel tells of one, and every few seconds in case it does not.
-func (s *Server) watch(ctx context.Context) {
-	events := make(chan string, 64)
-	s.watching.Go(func() {
-		disk.Listen(ctx, func(e disk.Uevent) {
-			if e.Name != "" && e.Action != "remove" && !strings.HasPrefix(e.Name, "dm-") {
-				return
-			}
-			select {
-			case events <- e.Name:
-			default: // there are enough of them to make us look
-			}
-		})
-	})
-	tick := time.NewTicker(5 * time.Second)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-events:
-		case <-tick.C:
-		}
-		s.checkBackings()
-		if slices.ContainsFunc(s.list(), func(d *Device) bool { return d.now().spec.Splice != nil }) {
-			s.checkSplices(ctx)
-		}
-	}
 }
 
 func (s *Server) checkSplices(ctx context.Context) {

@@ -73,6 +73,30 @@ func (s *Server) deepUnder(path string) string {
 	return ""
 }
 
+// ownUnder is the served device or image that a path is or lies on, "" for none.
+func (s *Server) ownUnder(path string) string {
+	var st unix.Stat_t
+	if unix.Stat(path, &st) != nil {
+		return ""
+	}
+	dev, file := st.Dev, true
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		dev, file = st.Rdev, false
+	}
+	if name := s.imageWith(dev); name != "" {
+		return name
+	}
+	for _, d := range s.list() {
+		if now := d.now(); now.served != nil && now.served.kernel() != "" && where(s.kernelOf(now), dev) != stranger {
+			return now.spec.Name
+		}
+	}
+	if file {
+		return s.deepUnder(path)
+	}
+	return ""
+}
+
 // imageWith is the image that a device number belongs to, or lies on, "" for none.
 func (s *Server) imageWith(dev uint64) string {
 	s.mu.Lock()

@@ -40,6 +40,11 @@ func (t *Set) Take(ctx context.Context, id ID) error {
 	case s.storage.Stats().Capacity == 0:
 		return fmt.Errorf("snapshot %s: %w", FormatID(id), ErrNoStorage)
 	}
+	for i, d := range s.devices { // a filter may have been lost since, and another be there
+		if s.devices[i], err = t.cfg.Device(d.Name); err != nil {
+			return fmt.Errorf("snapshot %s: %w", FormatID(id), err)
+		}
+	}
 	resume := s.storage.HoldGrowth()
 	defer resume()
 	for _, f := range s.files {

@@ -263,7 +263,7 @@ func (s *Stack) report(a *attachment, cause error, spoiled string) {
 	s.system.health.Clear("filter-slow", a.subject())
 	s.system.health.Raise(health.Condition{Code: "filter-lost", Severity: health.Error, Subject: a.subject(),
 		Detail: fmt.Sprintf("The filter %s was taken out of the stack of %s, which goes on without it. The reason: %v. What that spoils: %s.", a.name, s.name, cause, spoiled),
-		Remedy: "Start the daemon again: it attaches the filters anew. What this one spoiled has to be made anew."})
+		Remedy: fmt.Sprintf("Attach it again: tidemark device filters %s --attach %s. What its loss spoiled has to be made anew.", s.name, a.name)})
 }
 
 func (a *attachment) subject() string { return a.stack.name + "/" + a.name }

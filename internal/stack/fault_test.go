@@ -110,6 +110,32 @@ func TestFaultyFilterIsTakenOut(t *testing.T) {
 	}
 }
 
+// TestReportsGoWithTheDevice: what was said of a device's filters is not said any
+// more when there is no device; of another whose name begins alike it is.
+func TestReportsGoWithTheDevice(t *testing.T) {
+	for what, end := range map[string]func(y *System) error{
+		"removed": func(y *System) error { return y.Remove("d") }, "gone": func(y *System) error { return y.Surprise("d") },
+	} {
+		y, set := system(t)
+		for _, name := range []string{"d", "d2"} {
+			f := &spy{name: "f", j: &journal{}, handle: func(*Request, Next) error { return ErrBroken }}
+			s := add(t, y, name, sim.NewDisk(1<<20))
+			if _, err := s.Attach("f", 1, f.driver()); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := end(y); err != nil {
+			t.Fatal(err)
+		}
+		if c := set.List(); len(c) != 1 || c[0].Subject != "d2/f" {
+			t.Errorf("%s: %+v", what, c)
+		}
+	}
+}
+
 // TestExpelledFilterLeadsNowhere: a stalled filter that wakes up later cannot
 // pass its request on again, over what was written since.
 func TestExpelledFilterLeadsNowhere(t *testing.T) {

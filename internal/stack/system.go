@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -191,10 +192,10 @@ func (y *System) Surprise(name string) error {
 	return errors.Join(errs...)
 }
 
-// forget clears what was said of a device's filters while they were at work.
+// forget clears what was said of a device's filters: it is gone, and they with it.
 func (y *System) forget(s *Stack) {
 	for _, c := range y.health.List() {
-		if c.Code == "filter-slow" && len(c.Subject) > len(s.name) && c.Subject[:len(s.name)+1] == s.name+"/" {
+		if strings.HasPrefix(c.Subject, s.name+"/") && slices.Contains([]string{"filter-slow", "filter-lost", "filter-not-attached"}, c.Code) {
 			y.health.Clear(c.Code, c.Subject)
 		}
 	}

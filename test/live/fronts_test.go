@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -119,6 +120,58 @@ func TestServedNBD(t *testing.T) {
 	if err := json.Unmarshal([]byte(testkit.Run(t, "nbdinfo", "--json", uri)), &info); err != nil || len(info.Exports) != 1 || !strings.Contains(info.Exports[0].Description, "data") {
 		t.Errorf("nbdinfo: %+v (%v)", info, err)
 	}
+}
+
+// TestServedIncrement: unmodified NBD clients find what changed on a served device
+// after each snapshot, as dirty bitmaps of the device and of a later image, and a
+// full copy with the increment over it is the later image.
+func TestServedIncrement(t *testing.T) {
+	testkit.Need(t, "root", "tap", "loop", "nbdclients")
+	d := program.New(t)
+	uri, _ := served(t, d, "data", "nbd-server", 4*mib)
+	take := func(name string) (image string) {
+		id := strings.TrimSpace(d.Run("snapshot", "create", "--storage", filepath.Join(d.Dir, name)+":8M", "data"))
+		t.Cleanup(func() { _, _ = d.Verb("snapshot", "destroy", id) })
+		d.Run("snapshot", "take", id)
+		_, image, _ = strings.Cut(strings.TrimSpace(d.Run("snapshot", "images", id)), " ")
+		return image
+	}
+	// dirty are the ranges of a bitmap, as nbdinfo tells them.
+	dirty := func(uri, bitmap string) (out [][2]int64) {
+		t.Helper()
+		var runs []struct{ Offset, Length, Type int64 }
+		if err := json.Unmarshal([]byte(testkit.Run(t, "nbdinfo", "--json", "--map=qemu:dirty-bitmap:"+bitmap, uri)), &runs); err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range runs {
+			if r.Type == 1 {
+				out = append(out, [2]int64{r.Offset, r.Length})
+			}
+		}
+		return out
+	}
+	testkit.Run(t, "qemu-io", "-f", "raw", uri, "-c", "write -P 1 0 4M")
+	full := filepath.Join(d.Dir, "full")
+	testkit.Run(t, "nbdcopy", take("first"), full)
+	testkit.Run(t, "qemu-io", "-f", "raw", uri, "-c", "write -P 2 1M 4k", "-c", "write -z 2M 64k", "-c", "discard 3M 4k")
+	want := [][2]int64{{1 << 20, 4096}, {2 << 20, 65536}, {3 << 20, 4096}}
+	second := take("second")
+	testkit.Run(t, "qemu-io", "-f", "raw", uri, "-c", "write -P 3 8k 4k")
+	if got := dirty(second, "since-1"); !slices.Equal(got, want) {
+		t.Errorf("between the snapshots %v changed, want %v", got, want)
+	}
+	if got, want := dirty(uri, "since-1"), append([][2]int64{{8192, 4096}}, want...); !slices.Equal(got, want) {
+		t.Errorf("since the first %v changed, want %v", got, want)
+	}
+	if got, want := dirty(uri, "since-2"), [][2]int64{{8192, 4096}}; !slices.Equal(got, want) {
+		t.Errorf("since the second %v changed, want %v", got, want)
+	}
+	for _, r := range want { // as backup tools do
+		part := filepath.Join(d.Dir, "part")
+		testkit.Run(t, "qemu-img", "dd", "-f", "raw", "-O", "raw", "bs=4096", "skip="+strconv.FormatInt(r[0]/4096, 10), "count="+strconv.FormatInt((r[0]+r[1])/4096, 10), "if="+second, "of="+part)
+		testkit.Run(t, "dd", "if="+part, "of="+full, "bs=4096", "seek="+strconv.FormatInt(r[0]/4096, 10), "conv=notrunc", "status=none")
+	}
+	testkit.Run(t, "qemu-img", "compare", "-f", "raw", "-F", "raw", full, second)
 }
 
 // TestStopRefused: asked to end while a device is open the daemon says that it

@@ -43,6 +43,15 @@ type ResizeRequest struct {
 	SizeBytes int64 `json:"size_bytes,omitempty"`
 }
 
+// FilterRequest is the body of POST /v1/devices/{name}/filters: one of Attach and Detach.
+type FilterRequest struct {
+	Attach       string     `json:"attach,omitempty"` // barrier, cow, track or capture where it was lost; delay or error
+	Detach       string     `json:"detach,omitempty"`
+	DelaySeconds float64    `json:"delay_seconds,omitempty"` // of delay
+	Range        *ByteRange `json:"range,omitempty"`         // of error; none: every request
+	Force        bool       `json:"force,omitempty"`         // though it spoils something
+}
+
 // SpliceRequest is the body of POST /v1/splices.
 type SpliceRequest struct {
 	Device string `json:"device"`          // absolute path of a device-mapper device
@@ -59,6 +68,7 @@ type Devices interface {
 	CreateDevice(ctx context.Context, r DeviceRequest) (Device, error)
 	RemoveDevice(ctx context.Context, name string) error
 	ResizeDevice(ctx context.Context, name string, r ResizeRequest) (Device, error)
+	ChangeFilters(ctx context.Context, name string, r FilterRequest) (Device, error)
 	Splice(ctx context.Context, r SpliceRequest) (Device, error)
 	Unsplice(ctx context.Context, name string) error
 }
@@ -81,6 +91,13 @@ var deviceRoutes = []route{
 			return nil, err
 		}
 		return s.ResizeDevice(r.Context(), r.PathValue("name"), req)
+	}},
+	{"POST", "/v1/devices/{name}/filters", func(s Service, r *http.Request) (any, error) {
+		var req FilterRequest
+		if err := decode(r.Body, &req); err != nil {
+			return nil, err
+		}
+		return s.ChangeFilters(r.Context(), r.PathValue("name"), req)
 	}},
 	{"POST", "/v1/splices", func(s Service, r *http.Request) (any, error) {
 		var req SpliceRequest
@@ -110,6 +127,10 @@ func (c *Client) RemoveDevice(ctx context.Context, name string) error {
 
 func (c *Client) ResizeDevice(ctx context.Context, name string, r ResizeRequest) (Device, error) {
 	return call[Device](ctx, c, "POST", "/v1/devices/"+url.PathEscape(name)+"/resize", r)
+}
+
+func (c *Client) ChangeFilters(ctx context.Context, name string, r FilterRequest) (Device, error) {
+	return call[Device](ctx, c, "POST", "/v1/devices/"+url.PathEscape(name)+"/filters", r)
 }
 
 func (c *Client) Splice(ctx context.Context, r SpliceRequest) (Device, error) {

@@ -59,7 +59,7 @@ func TestOpenAPISchemas(t *testing.T) {
 		"ProtectRequest": reflect.TypeFor[ProtectRequest](), "BookmarkRequest": reflect.TypeFor[BookmarkRequest](),
 		"Bookmark": reflect.TypeFor[Bookmark](), "LiveDisk": reflect.TypeFor[LiveDisk](), "Condition": reflect.TypeFor[health.Condition](),
 		"Device": reflect.TypeFor[Device](), "Filter": reflect.TypeFor[Filter](), "DeviceRequest": reflect.TypeFor[DeviceRequest](),
-		"ResizeRequest": reflect.TypeFor[ResizeRequest](), "SpliceRequest": reflect.TypeFor[SpliceRequest](), "ChangeMap": reflect.TypeFor[ChangeMap](), "ByteRange": reflect.TypeFor[ByteRange](),
+		"ResizeRequest": reflect.TypeFor[ResizeRequest](), "FilterRequest": reflect.TypeFor[FilterRequest](), "SpliceRequest": reflect.TypeFor[SpliceRequest](), "ChangeMap": reflect.TypeFor[ChangeMap](), "ByteRange": reflect.TypeFor[ByteRange](),
 		"ChangesRequest": reflect.TypeFor[ChangesRequest](), "MarkRequest": reflect.TypeFor[MarkRequest](),
 		"Snapshot": reflect.TypeFor[Snapshot](), "SnapshotDevice": reflect.TypeFor[SnapshotDevice](), "SnapshotStorage": reflect.TypeFor[SnapshotStorage](),
 		"StorageSpec": reflect.TypeFor[StorageSpec](), "SnapshotRequest": reflect.TypeFor[SnapshotRequest](), "SnapshotEvent": reflect.TypeFor[SnapshotEvent](),

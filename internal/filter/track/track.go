@@ -28,7 +28,8 @@ var (
 
 // Driver gives the filter for a device whose map the caller has, which must be of
 // the device's size. When the filter leaves a device that lives on, or fails, the
-// map's generation ends, as it would miss what is written from then on.
+// map is blind: its generation ends, and it claims nothing about what is written
+// from then on. Who attaches the filter again calls the map's Sighted after that.
 func Driver(changes *cbt.Map) stack.Driver {
 	return stack.DriverFunc(func(below *stack.Below) (stack.Filter, error) {
 		if size := changes.Writing().Size; size != below.Size() {
@@ -57,13 +58,13 @@ func (f *Filter) Resized(size int64) { f.changes.Resize(size) }
 
 // Spoil ends the generation.
 func (f *Filter) Spoil(error) string {
-	f.changes.Reset()
+	f.changes.Blind()
 	return "the change map's generation: the next backup is a full copy"
 }
 
 // Detach ends the generation unless the device ends in order.
 func (f *Filter) Detach(why stack.Reason) {
-	if why != stack.Removed {
-		f.changes.Reset()
+	if why == stack.Detached || why == stack.Surprise { // Spoil has said it of a filter that is lost
+		f.changes.Blind()
 	}
 }

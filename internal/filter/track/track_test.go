@@ -228,6 +228,29 @@ func TestGenerationEnds(t *testing.T) {
 	}
 }
 
+// TestNothingIsClaimedUnseen: whatever way the filter left a device that lives on,
+// no two snapshots afterwards say that what was written between them did not change.
+func TestNothingIsClaimedUnseen(t *testing.T) {
+	for what, leave := range map[string]func(f *Filter, s *stack.Stack) error{
+		"detached": func(_ *Filter, s *stack.Stack) error { return s.Detach(Name) },
+		"lost":     func(f *Filter, _ *stack.Stack) error { f.Spoil(nil); f.Detach(stack.Lost); return nil },
+	} {
+		m := cbt.New(1 << 20)
+		_, s := served(t, sim.NewDisk(1<<20), m)
+		if err := leave(&Filter{m}, s); err != nil {
+			t.Fatal(err)
+		}
+		before := m.Take().Info()
+		if _, err := s.WriteAt([]byte("x"), 0); err != nil {
+			t.Fatal(err)
+		}
+		m.Take()
+		if c, err := m.Since(before.Generation, before.Number); !errors.Is(err, cbt.ErrFullCopy) {
+			t.Errorf("%s: what changed is said to be %v, %v", what, c, err)
+		}
+	}
+}
+
 // BenchmarkTracked is what tracking adds to a write that costs nothing else.
 func BenchmarkTracked(b *testing.B) {
 	m := cbt.New(1 << 30)

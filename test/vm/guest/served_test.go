@@ -125,6 +125,63 @@ func TestServedPulled(t *testing.T) {
 	}
 }
 
+// TestServedLimits: block sizes, what can be discarded, and whether it turns, are the
+// disk's own, on every front that the kernel has.
+func TestServedLimits(t *testing.T) {
+	for _, module := range []string{"ublk_drv", "nbd"} {
+		_ = exec.Command("modprobe", module).Run() // 6.1 has no ublk
+	}
+	testkit.Run(t, "modprobe", "sd_mod")
+	testkit.Run(t, "modprobe", "scsi_debug", "dev_size_mb=32", "delay=0", "sector_size=4096", "physblk_exp=1", "lbpu=1", "lbpws=1", "unmap_granularity=4", "unmap_max_blocks=1024")
+	t.Cleanup(func() { testkit.Run(t, "rmmod", "scsi_debug") })
+	dev := scsiDisk(t)
+	limit := func(node, name string) string {
+		real, err := filepath.EvalSymlinks(node)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile("/sys/block/" + filepath.Base(real) + "/queue/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(b))
+	}
+	if limit(dev, "logical_block_size") != "4096" || limit(dev, "physical_block_size") != "8192" || limit(dev, "discard_max_bytes") == "0" {
+		t.Fatal("the simulated disk is not what this test is about")
+	}
+	d := program.New(t)
+	for _, front := range []string{"ublk", "nbd", "loop"} {
+		same := []string{"logical_block_size"}
+		switch front {
+		case "ublk":
+			if _, err := os.Stat("/dev/ublk-control"); err != nil {
+				d.Refused(5, "device", "create", "--backing", dev, "--front", front, "--name", front)
+				continue
+			}
+			same = append(same, "physical_block_size", "discard_granularity", "discard_max_bytes", "rotational")
+		case "nbd":
+			if _, err := os.Stat("/sys/block/nbd0"); err != nil {
+				t.Error("the guest has no kernel NBD")
+				continue
+			}
+		}
+		node := strings.TrimSpace(d.Run("device", "create", "--backing", dev, "--front", front, "--name", front))
+		for _, name := range same {
+			if got, want := limit(node, name), limit(dev, name); got != want {
+				t.Errorf("%s: %s is %s, of the disk %s", front, name, got, want)
+			}
+		}
+		if limit(node, "discard_max_bytes") == "0" {
+			t.Errorf("%s: nothing can be discarded", front)
+		}
+		testkit.Run(t, "dd", "if=/dev/urandom", "of="+node, "bs=4096", "count=64", "oflag=direct", "status=none")
+		testkit.Run(t, "blkdiscard", "-z", "-o", "16384", "-l", "32768", node)
+		testkit.Run(t, "blkdiscard", "-o", "65536", "-l", "65536", node)
+		testkit.Run(t, "cmp", "-n", "32768", node, "/dev/zero", "-i", "16384:0")
+		d.Run("device", "rm", front)
+	}
+}
+
 // load is fio, which checks what it reads.
 type load struct {
 	cmd   *exec.Cmd
