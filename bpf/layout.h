@@ -28,7 +28,7 @@ struct head {
 	__u8 consistency;
 	__u64 sector; /* from the start of the target */
 	__u64 bytes;
-	__u64 time;  /* CLOCK_MONOTONIC, ns */
+	__u64 time;  /* CLOCK_MONOTONIC, ns, read before the record's place was reserved */
 	__u64 drops; /* the group's counter when the program began */
 	__u64 token;
 	__u32 payload;

@@ -322,7 +322,10 @@ static long copy_step(__u32 i, struct walk *w)
 	return 0;
 }
 
-static __always_inline void fill_head(struct head *h, __u32 kind, struct target *t, __u32 op, __u64 sector, __u32 bytes, __u64 drops)
+/* A record's time is read before its place in the ring is reserved. So one whose
+ * time is after an instant has its place after that instant, too, and so have all
+ * behind it: what internal/protect/cut.go cuts several rings by. */
+static __always_inline void fill_head(struct head *h, __u32 kind, struct target *t, __u32 op, __u64 sector, __u32 bytes, __u64 drops, __u64 now)
 {
 	h->kind = kind;
 	h->disk = t->disk;
@@ -330,7 +333,7 @@ static __always_inline void fill_head(struct head *h, __u32 kind, struct target 
 	h->consistency = 0;
 	h->sector = sector - t->start;
 	h->bytes = bytes;
-	h->time = bpf_ktime_get_ns();
+	h->time = now;
 	h->drops = drops;
 	h->token = 0;
 	h->payload = 0;
@@ -352,10 +355,11 @@ enum { CAPTURED, NO_ROOM, UNREADABLE };
 /* put_bare: a write without payload (zeroes, discard), or a lost one's range. */
 static __always_inline int put_bare(struct target *t, __u32 kind, __u32 op, __u64 sector, __u32 bytes, __u64 drops)
 {
+	__u64 now = bpf_ktime_get_ns();
 	struct head *h = bpf_ringbuf_reserve(&ring, sizeof(*h), 0);
 	if (!h)
 		return NO_ROOM;
-	fill_head(h, kind, t, op, sector, bytes, drops);
+	fill_head(h, kind, t, op, sector, bytes, drops, now);
 	bpf_ringbuf_submit(h, BPF_RB_NO_WAKEUP);
 	return CAPTURED;
 }
@@ -363,10 +367,11 @@ static __always_inline int put_bare(struct target *t, __u32 kind, __u32 op, __u6
 /* put_page: the common case, one whole page. */
 static __always_inline int put_page(struct state *st, struct target *t, __u64 sector, __u64 drops, __u64 va)
 {
+	__u64 now = bpf_ktime_get_ns();
 	struct page_record *r = bpf_ringbuf_reserve(&ring, sizeof(*r), 0);
 	if (!r)
 		return NO_ROOM;
-	fill_head(&r->h, KIND_WRITE, t, BLOCK_WRITE, sector, PAGE, drops);
+	fill_head(&r->h, KIND_WRITE, t, BLOCK_WRITE, sector, PAGE, drops, now);
 	r->h.payload = PAGE;
 	if (bpf_probe_read_kernel(r->data, PAGE, (void *)va)) {
 		bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
@@ -395,6 +400,7 @@ static __always_inline int put_payload(struct state *st, struct target *t, struc
 		if (v.len >= PAGE && w.done <= v.len - PAGE)
 			return put_page(st, t, sector, drops, (v.page << w.shift) + w.base + v.off + w.done);
 	}
+	__u64 now = bpf_ktime_get_ns();
 	if (bpf_ringbuf_reserve_dynptr(&ring, sizeof(h) + bytes, 0, &w.ptr)) {
 		bpf_ringbuf_discard_dynptr(&w.ptr, BPF_RB_NO_WAKEUP);
 		return NO_ROOM;
@@ -407,7 +413,7 @@ static __always_inline int put_payload(struct state *st, struct target *t, struc
 		bpf_ringbuf_discard_dynptr(&w.ptr, BPF_RB_NO_WAKEUP);
 		return UNREADABLE;
 	}
-	fill_head(&h, KIND_WRITE, t, BLOCK_WRITE, sector, bytes, drops);
+	fill_head(&h, KIND_WRITE, t, BLOCK_WRITE, sector, bytes, drops, now);
 	h.payload = bytes;
 	bpf_dynptr_write(&w.ptr, 0, &h, sizeof(h), 0);
 	bpf_ringbuf_submit_dynptr(&w.ptr, BPF_RB_NO_WAKEUP);
@@ -874,13 +880,14 @@ SEC("syscall") int bookmark(struct mark *m)
 	if (!st)
 		return 2;
 	__u64 drops = *(volatile __u64 *)&st->drops;
+	__u64 now = bpf_ktime_get_ns();
 	struct bookmark_record *r = bpf_ringbuf_reserve(&ring, sizeof(*r), 0);
 	if (!r)
 		return 1;
 	__builtin_memset(&r->h, 0, sizeof(r->h));
 	r->h.kind = KIND_BOOKMARK;
 	r->h.consistency = m->consistency;
-	r->h.time = bpf_ktime_get_ns();
+	r->h.time = now;
 	r->h.drops = drops;
 	r->h.token = m->token;
 	r->h.payload = m->length;

@@ -39,7 +39,7 @@ func checkArguments(cmd *cobra.Command, args []string) error {
 			return wrong("%s is missing", strings.Trim(name, "."))
 		}
 	}
-	many := len(want) > 0 && strings.HasSuffix(want[len(want)-1], "...")
+	many := slices.ContainsFunc(want, func(name string) bool { return strings.HasSuffix(strings.Trim(name, "[]"), "...") })
 	if len(args) > len(want) && !many {
 		return wrong("%q is one argument too many", args[len(want)])
 	}

@@ -108,7 +108,7 @@ A first round trip:
 		newRestore(), newExport(), newMount(), newVerify(), newDoctor(), newDevice(), newCBT(), newSnapshot(), newMan(), newMountServe(), newDeviceHelper())
 	for _, c := range allCommands(root) {
 		c.Args, c.PreRunE, c.DisableFlagsInUseLine = checkArguments, checkFlags, true
-		if want := positionals(c.Use); len(want) > 0 && strings.Trim(want[0], "[]") == "GROUP" {
+		if want := positionals(c.Use); len(want) > 0 && strings.Trim(want[0], "[.]") == "GROUP" {
 			c.ValidArgsFunction = completeGroups
 		}
 	}

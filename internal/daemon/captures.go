@@ -1,6 +1,9 @@
 package daemon
 
 import (
+	"context"
+	"time"
+
 	"tidemark/internal/filter/capture"
 	"tidemark/internal/protect"
 	"tidemark/internal/serve"
@@ -18,6 +21,14 @@ func (d servedDevices) Capture(group string) *capture.Ring { return d.Captured(g
 
 func (d servedDevices) StartCapture(c protect.Capture) (*capture.Ring, error) {
 	return d.Server.StartCapture(serve.Capture(c))
+}
+
+func (d servedDevices) Hold(ctx context.Context, max time.Duration, devices []string) (func() error, error) {
+	up, err := d.Server.Hold(ctx, max, devices)
+	if err != nil {
+		return nil, err
+	}
+	return up.Release, nil
 }
 
 func (d servedDevices) Mounts(name string) ([]string, error) { return d.MountsOf(name) }

@@ -47,6 +47,8 @@ type Config struct {
 	// Compat names control devices of other systems that it answers, of Compat.
 	Compat []string
 	Force  bool
+	// Step is told before each step of a mark over groups, by name; nil: nobody is. It is for tests.
+	Step func(step string)
 }
 
 // What keeps a daemon from starting.
@@ -90,6 +92,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		Holder: vault.Holder{Host: host, PID: os.Getpid(), Instance: instance, Since: time.Now()},
 	}}
 	svc.checkState()
+	if err := svc.openMarks(cfg.Step); err != nil {
+		return err
+	}
 	listener, err := listen(cfg.Socket) // before the groups: a daemon that cannot be asked leaves their vaults alone
 	if err != nil {
 		return err

@@ -20,6 +20,7 @@ import (
 	"tidemark/internal/diff"
 	"tidemark/internal/disk"
 	"tidemark/internal/dm"
+	"tidemark/internal/filter/barrier"
 	"tidemark/internal/freeze"
 	"tidemark/internal/health"
 	"tidemark/internal/protect"
@@ -233,6 +234,14 @@ func coded(err error) error {
 		{protect.ErrRefused, api.CodeRefused, ""},
 		{protect.ErrOtherDisks, api.CodeRefused, "Give another --name."},
 		{protect.ErrNoHooks, api.CodeRefused, "Give hooks, or ask for less consistency."},
+		{protect.ErrNoMark, api.CodeNotFound, "tidemark bookmark --pending lists those that wait for a verdict."},
+		{protect.ErrRevoked, api.CodeRefused, "Prepare it again."},
+		{protect.ErrCommitted, api.CodeRefused, "A bookmark that is committed stays."},
+		{protect.ErrNotPrepared, api.CodeRefused, ""},
+		{protect.ErrBarrier, api.CodeRefused, "Leave --barrier out: a mark of tapped disks is one cut through their writes, and needs none to be held."},
+		{barrier.ErrUp, api.CodeInUse, "Try again when the snapshot or mark that is being taken is done."},
+		{barrier.ErrExpired, api.CodeUnreachable, "Try again."},
+		{barrier.ErrLost, api.CodeUnreachable, "Try again."},
 		{protect.ErrNotFrozen, api.CodeRefused, "Ask for --consistency crash."},
 		{freeze.ErrForeign, api.CodeInUse, ""},
 		{freeze.ErrUnsupported, api.CodeRefused, "Ask for --consistency crash."},

@@ -24,6 +24,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -52,6 +53,7 @@ var (
 type Request struct {
 	Mounts      []string      // mount points; several of one file system count once
 	HookDir     string        // executables to run; "" is none
+	MoreHooks   []string      // more such folders, gone through after HookDir
 	Timeout     time.Duration // from the first freeze to the thaw at the most
 	HookTimeout time.Duration // of each hook
 	Own         []string      // folders that the caller writes to, beyond the files that it has open
@@ -94,7 +96,7 @@ func Freeze(ctx context.Context, r Request) (*Frozen, error) {
 		closeAll(targets)
 		return nil, err
 	}
-	f := &Frozen{dog: d, hooks: &hooks{dir: r.HookDir, timeout: r.HookTimeout}}
+	f := &Frozen{dog: d, hooks: &hooks{dir: r.HookDir, more: r.MoreHooks, timeout: r.HookTimeout}}
 	if err := f.hooks.freeze(ctx); err != nil {
 		return nil, errors.Join(err, f.Thaw())
 	}
@@ -128,6 +130,16 @@ func (f *Frozen) Mounts() []string { return f.names }
 
 // Hooks is how many hooks ran and succeeded.
 func (f *Frozen) Hooks() int { return len(f.hooks.ran) }
+
+// HooksIn is how many of them are in a folder.
+func (f *Frozen) HooksIn(dir string) (n int) {
+	for _, p := range f.hooks.ran {
+		if filepath.Dir(p) == filepath.Clean(dir) {
+			n++
+		}
+	}
+	return n
+}
 
 // Still says whether everything has been frozen all the time until now, as far
 // as we are concerned. What others thaw, Thaw finds out.

@@ -19,6 +19,7 @@ import (
 // "thaw" in the reverse of it.
 type hooks struct {
 	dir     string
+	more    []string      // folders; each is gone through after those before
 	timeout time.Duration // of each call
 	started []string      // whose freeze was begun: they get a thaw
 	ran     []string      // whose freeze succeeded
@@ -28,10 +29,22 @@ type hooks struct {
 var leftBehind = []string{"~", ".bak", ".orig", ".rpmnew", ".rpmorig", ".rpmsave", ".sample", ".swp"}
 
 func (h *hooks) list() ([]string, error) {
-	if h.dir == "" {
+	var out []string
+	for _, dir := range append([]string{h.dir}, h.more...) {
+		found, err := listFolder(dir)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, found...)
+	}
+	return out, nil
+}
+
+func listFolder(dir string) ([]string, error) {
+	if dir == "" {
 		return nil, nil
 	}
-	entries, err := os.ReadDir(h.dir) // sorted by name
+	entries, err := os.ReadDir(dir) // sorted by name
 	if err != nil {
 		return nil, fmt.Errorf("%w: folder of hooks: %w", ErrHook, err)
 	}
@@ -40,11 +53,11 @@ func (h *hooks) list() ([]string, error) {
 		name := e.Name()
 		skip := strings.HasPrefix(name, ".") || strings.Contains(name, ".dpkg-") ||
 			slices.ContainsFunc(leftBehind, func(end string) bool { return strings.HasSuffix(name, end) })
-		st, err := os.Stat(filepath.Join(h.dir, name))
+		st, err := os.Stat(filepath.Join(dir, name))
 		if skip || err != nil || !st.Mode().IsRegular() || st.Mode()&0o111 == 0 {
 			continue
 		}
-		out = append(out, filepath.Join(h.dir, name))
+		out = append(out, filepath.Join(dir, name))
 	}
 	return out, nil
 }

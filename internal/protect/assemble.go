@@ -29,6 +29,7 @@ type Env struct {
 	Holder   vault.Holder
 	Log      *slog.Logger
 	Served   Served // nil: there are no served devices
+	Ledger   *Ledger
 }
 
 func (e *Env) dir(group string) string { return filepath.Join(e.StateDir, "groups", group) }
@@ -49,7 +50,7 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *ses
 	if err != nil {
 		return nil, err
 	}
-	s = &session{cfg: cfg, way: cfg.wayIn(env), settings: settings, stateDir: env.StateDir, log: env.Log, health: h, waiters: map[uint64]*waiter{}, names: map[string]bool{},
+	s = &session{cfg: cfg, ledger: env.Ledger, way: cfg.wayIn(env), settings: settings, stateDir: env.StateDir, log: env.Log, health: h, waiters: map[uint64]*waiter{}, names: map[string]bool{},
 		tokens:   rand.Uint64(), // the ring may hold bookmarks of a daemon before this one
 		requests: make(chan request), uevents: make(chan disk.Uevent, 16), over: make(chan struct{}), builder: segment.NewBuilder(settings.SegmentBytes)}
 	var undo []func() error
@@ -231,6 +232,11 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 	cause := stream.CauseInitial
 	if h != nil {
 		s.carry(h)
+		var undecided []pendingMark
+		for _, m := range h.Undecided() {
+			undecided = append(undecided, pendingMark{m.Bookmark, m.Position})
+		}
+		s.takeOverMarks(undecided)
 		if s.continues(h) {
 			if !s.gapOpen {
 				return s.changedMeanwhile()

@@ -170,16 +170,25 @@ func (s *session) mark(ctx context.Context, w *waiter) error {
 
 // freeze holds every mounted file system of the group's disks still.
 func (s *session) freeze(ctx context.Context, want stream.Consistency) (*freeze.Frozen, error) {
-	if want == stream.Application && s.settings.HookDir == "" {
-		return nil, fmt.Errorf("the group has no folder of hooks (protect --hook-dir): %w", ErrNoHooks)
+	r, err := s.freezeRequest(want)
+	if err != nil {
+		return nil, err
 	}
-	r := freeze.Request{HookDir: s.settings.HookDir, Own: []string{s.stateDir, vaultFolder(s.cfg.Vault)}}
+	return freeze.Freeze(ctx, r)
+}
+
+// freezeRequest is what to freeze for it. It may be called concurrently.
+func (s *session) freezeRequest(want stream.Consistency) (r freeze.Request, err error) {
+	if want == stream.Application && s.settings.HookDir == "" {
+		return r, fmt.Errorf("group %s has no folder of hooks (protect --hook-dir): %w", s.cfg.Name, ErrNoHooks)
+	}
+	r = freeze.Request{HookDir: s.settings.HookDir, Own: []string{s.stateDir, vaultFolder(s.cfg.Vault)}}
 	for _, d := range s.disks {
 		points, err := d.mounts()
 		if err != nil {
-			return nil, err
+			return r, err
 		}
 		r.Mounts = append(r.Mounts, points...)
 	}
-	return freeze.Freeze(ctx, r)
+	return r, nil
 }

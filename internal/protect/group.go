@@ -374,6 +374,9 @@ func (g *Group) Stop() {
 // everything else of the group on this machine. The vault stays. With abandon
 // it does not wait for the vault.
 func (g *Group) Unprotect(ctx context.Context, abandon bool) error {
+	if err := g.env.Ledger.release(ctx, g); err != nil {
+		return fmt.Errorf("group %s stays protected: a mark is just being committed: %w", g.cfg.Name, err)
+	}
 	s := g.current()
 	if s == nil && !abandon {
 		s = g.opened(ctx)
@@ -386,5 +389,6 @@ func (g *Group) Unprotect(ctx context.Context, abandon bool) error {
 		return fmt.Errorf("%w; unprotect --abandon gives up what is not in the vault", g.offlineError())
 	}
 	g.Stop()
+	g.env.Ledger.forget(g.cfg.ID)
 	return errors.Join(g.cfg.wayIn(g.env).discard(), os.RemoveAll(g.env.dir(g.cfg.Name)), vfs.OS{}.SyncDir(filepath.Dir(g.env.dir(g.cfg.Name))))
 }

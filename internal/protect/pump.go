@@ -23,6 +23,9 @@ var errStop = errors.New("stop here")
 func (s *session) pump() error {
 	s.clockOffset = clockOffset()
 	s.held = false
+	if s.standsStill() {
+		return nil // for the instant that a mark over several groups is put at
+	}
 	end := s.source.Producer()
 	for s.place < end {
 		next, err := s.source.Read(s.place, s.take)
@@ -32,7 +35,7 @@ func (s *session) pump() error {
 		case err != nil:
 			return err
 		default:
-			return nil
+			return s.cutReached()
 		}
 		if s.held {
 			return nil // a bookmark waits for the verdict on its freeze
@@ -43,7 +46,7 @@ func (s *session) pump() error {
 			}
 		}
 	}
-	return nil
+	return s.cutReached()
 }
 
 // advance tells the engine that everything before next has its position.
@@ -64,6 +67,9 @@ func (s *session) take(r *source.Record) error {
 		return errStop
 	}
 	s.markSound()
+	if err := s.cutBefore(r); err != nil {
+		return err
+	}
 	if r.Drops > s.seenDrops && !s.gapOpen {
 		s.advance(r.Place)
 		if err := s.openDropGap(); err != nil {
@@ -172,6 +178,7 @@ func (s *session) seal() error {
 	s.marked = 0
 	s.unsealed = s.unsealed[:0]
 	s.settleBookmarks(nil)
+	s.settleMarks()
 	return nil
 }
 
@@ -189,6 +196,7 @@ func (s *session) rewind() {
 	for _, w := range s.waiters {
 		w.taken = false
 	}
+	s.rewindMarks()
 	s.builder.Reset()
 	s.marked, s.unsealed = 0, s.unsealed[:0]
 }

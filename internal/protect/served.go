@@ -1,6 +1,7 @@
 package protect
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"time"
@@ -23,6 +24,10 @@ type Served interface {
 	EndCapture(group string) error
 	// Mounts are where file systems of a device are mounted.
 	Mounts(name string) ([]string, error)
+	// Hold holds the writes of devices: when it returns those under way have ended,
+	// and none goes on before release or the end of max. An error of release says that
+	// some went on before.
+	Hold(ctx context.Context, max time.Duration, devices []string) (release func() error, err error)
 }
 
 // ServedDevice is one served device.

@@ -85,6 +85,8 @@ type session struct {
 	resized    string // name of a disk that the kernel said has another size
 	forsaken   bool   // the tap must not be taken over: the history lacks that a disk changed
 
+	ledger   *Ledger
+	marks    []*mark // in the order of their instants
 	waiters  map[uint64]*waiter
 	tokens   uint64
 	names    map[string]bool
@@ -153,6 +155,7 @@ func (s *session) run(ctx context.Context) error {
 	workers.Wait()
 	close(s.over)
 	s.settleBookmarks(ErrOffline)
+	s.leaveMarks(ErrOffline)
 	return err
 }
 
@@ -163,6 +166,9 @@ func (s *session) loop(ctx context.Context, failed <-chan error) error {
 		select {
 		case <-ctx.Done():
 			s.urgent = true // what the ring holds becomes durable once more: it may not outlive a reboot
+			for _, m := range s.marksIn(standing) {
+				s.drop(m, ErrOffline)
+			}
 			return s.step()
 		case err := <-failed:
 			return err
@@ -192,6 +198,9 @@ func (s *session) step() error {
 		return err
 	}
 	if err := s.gaps(); err != nil {
+		return err
+	}
+	if err := s.appendVerdicts(); err != nil {
 		return err
 	}
 	s.markSound()

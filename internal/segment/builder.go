@@ -30,6 +30,7 @@ type Builder struct {
 	marks   []byte
 	deltas  deltas
 	count   int
+	flags   int // of the index
 	first   stream.Position
 	sealed  Sealed
 	head    []byte
@@ -76,7 +77,7 @@ func (b *Builder) Size() int {
 // Reset forgets everything appended.
 func (b *Builder) Reset() {
 	b.raw, b.frames, b.refs, b.entries, b.marks = b.raw[:0], b.frames[:0], b.refs[:0], b.entries[:0], b.marks[:0]
-	b.deltas, b.count, b.first = deltas{}, 0, 0
+	b.deltas, b.count, b.flags, b.first = deltas{}, 0, 0, 0
 }
 
 // Append copies a record. An error leaves the builder as it was.
@@ -92,6 +93,9 @@ func (b *Builder) Append(r *stream.Record) error {
 	}
 	if b.count%restartEvery == 0 {
 		b.deltas = deltas{}
+	}
+	if twoPhase(r.Kind) {
+		b.flags |= flagTwoPhase
 	}
 	b.makeRoom(len(r.Payload))
 	at := uint64(len(b.refs)/frameRef*FrameSize + len(b.raw))
@@ -116,7 +120,7 @@ func (b *Builder) Mark(s State) {
 func check(r *stream.Record) error {
 	data := hasPayload(r)
 	switch {
-	case r.Kind < stream.KindWrite || r.Kind > stream.KindSettled || sub(r) > 15:
+	case r.Kind < stream.KindWrite || r.Kind > stream.KindVerdict || sub(r) > 15:
 		return fmt.Errorf("a record of %s with %d: this build knows no such", r.Kind, sub(r))
 	case data && int64(len(r.Payload)) != r.Range.Len:
 		return fmt.Errorf("%s of %s with a payload of %d bytes", r.Kind, r.Range, len(r.Payload))
@@ -204,7 +208,7 @@ func (b *Builder) Seal(h Header, s State) (*Sealed, error) {
 		return nil, err
 	}
 	ix := append(b.index[:0], magicIndex[:]...)
-	for _, n := range [...]int{0 /*flags*/, len(b.refs) / frameRef, b.count, len(b.marks) / markSize, len(b.entries), 0, 0, 0, 0, 0} {
+	for _, n := range [...]int{b.flags, len(b.refs) / frameRef, b.count, len(b.marks) / markSize, len(b.entries), 0, 0, 0, 0, 0} {
 		ix = le.AppendUint32(ix, uint32(n))
 	}
 	ix = append(append(append(ix, b.refs...), b.marks...), b.entries...)

@@ -32,13 +32,27 @@ type deltas struct {
 	at             uint64 // end of the last payload
 }
 
+// Sorts of a verdict.
+const (
+	verdictCommit = 1
+	verdictRevoke = 2
+)
+
+// twoPhase says whether a segment with records of this kind needs flagTwoPhase.
+func twoPhase(k stream.Kind) bool { return k == stream.KindPrepared || k == stream.KindVerdict }
+
 // sub is the one number that tells records of a kind apart.
 func sub(r *stream.Record) uint8 {
 	switch r.Kind {
 	case stream.KindWrite:
 		return uint8(r.Op)
-	case stream.KindBookmark:
+	case stream.KindBookmark, stream.KindPrepared:
 		return uint8(r.Consistency)
+	case stream.KindVerdict:
+		if r.Commit {
+			return verdictCommit
+		}
+		return verdictRevoke
 	case stream.KindGap:
 		return uint8(r.Cause)
 	case stream.KindFill:
@@ -66,12 +80,12 @@ func (d *deltas) encode(b []byte, r *stream.Record, at uint64) []byte {
 	b = binary.AppendVarint(b, r.Time-d.time)
 	d.time = r.Time
 	switch r.Kind {
-	case stream.KindBookmark:
+	case stream.KindBookmark, stream.KindPrepared:
 		b = binary.AppendUvarint(b, uint64(len(r.Name)))
 		return append(b, r.Name...)
 	case stream.KindGap:
 		return appendRanges(b, r.Ranges)
-	case stream.KindSettled:
+	case stream.KindSettled, stream.KindVerdict:
 		return b
 	case stream.KindFill:
 		b = binary.AppendVarint(b, int64(uint64(r.ValidFrom)-d.position))
@@ -164,7 +178,7 @@ func (d *deltas) decode(r *reader, e *Entry) {
 	switch e.Kind {
 	case stream.KindWrite:
 		e.Op = block.Op(s)
-	case stream.KindBookmark:
+	case stream.KindBookmark, stream.KindPrepared:
 		e.Consistency = stream.Consistency(s)
 		e.Name = string(r.bytes(r.uint()))
 		return
@@ -179,6 +193,10 @@ func (d *deltas) decode(r *reader, e *Entry) {
 			e.Base = stream.Position(r.uint())
 		}
 	case stream.KindSettled:
+		return
+	case stream.KindVerdict:
+		e.Commit = s == verdictCommit
+		r.bad = r.bad || s != verdictCommit && s != verdictRevoke
 		return
 	default:
 		r.bad = true

@@ -125,8 +125,9 @@ func (s *Segment) parseIndex(b []byte, base int64) error {
 	if !bytes.Equal(b[:8], magicIndex[:]) || crc(body) != le.Uint32(b[len(body):]) || indexLen(b) != int64(len(b)) {
 		return damaged("the index's checksum does not fit")
 	}
-	if flags := le.Uint32(b[8:]); flags != 0 {
-		return fmt.Errorf("%w: its index has flags %#x", ErrVersion, flags)
+	flags := le.Uint32(b[8:])
+	if flags&^flagTwoPhase != 0 {
+		return fmt.Errorf("%w: its index has flags %#x, this build reads %#x", ErrVersion, flags, flagTwoPhase)
 	}
 	frames, marks := int(le.Uint32(b[12:])), int(le.Uint32(b[20:]))
 	s.count = int(le.Uint32(b[16:]))
@@ -140,11 +141,11 @@ func (s *Segment) parseIndex(b []byte, base int64) error {
 	if s.payload, err = s.frames.parse(refs, base); err != nil {
 		return err
 	}
-	return s.parseEntries()
+	return s.parseEntries(flags&flagTwoPhase != 0)
 }
 
 // parseEntries decodes every entry once, so that later decoding cannot fail.
-func (s *Segment) parseEntries() error {
+func (s *Segment) parseEntries(twoPhases bool) error {
 	s.restarts = make([]uint32, 0, (s.count+restartEvery-1)/restartEvery)
 	c := cursor{r: reader{b: s.entries}}
 	var e Entry
@@ -156,6 +157,9 @@ func (s *Segment) parseEntries() error {
 		c.next(&e)
 		if c.r.bad {
 			return damaged("entry %d cannot be decoded", i)
+		}
+		if twoPhase(e.Kind) && !twoPhases {
+			return damaged("entry %d is a %s, and the index says that there is none", i, e.Kind)
 		}
 		if err := s.checkEntry(&e, &end); err != nil {
 			return fmt.Errorf("entry %d: %w", i, err)

@@ -155,6 +155,7 @@ func checkRecovered(t *testing.T, b []byte, want []stream.Record) int {
 func FuzzOpen(f *testing.F) {
 	f.Add(build(f, sample(5, 3)))
 	f.Add(build(f, nil))
+	f.Add(build(f, twoPhases()))
 	b := NewBuilder(0)
 	for i := range 70 {
 		if err := b.Append(&stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: stream.Position(i), Range: block.Range{Len: 512}, Payload: make([]byte, 512)}); err != nil {

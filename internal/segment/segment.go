@@ -53,6 +53,10 @@ var (
 	magicFooter = [8]byte{'T', 'I', 'D', 'E', 'E', 'N', 'D', '1'}
 )
 
+// flagTwoPhase of an index says that there are prepared marks or verdicts: who does
+// not know them must not read the segment as if they were nothing.
+const flagTwoPhase = 1
+
 // Codecs of a frame.
 const (
 	codecRaw = 0

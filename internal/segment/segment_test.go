@@ -2,6 +2,7 @@ package segment
 
 import (
 	"bytes"
+	"errors"
 	"flag"
 	"math/rand/v2"
 	"os"
@@ -135,24 +136,85 @@ func TestEveryFlip(t *testing.T) {
 	}
 }
 
+// twoPhases has prepared marks and verdicts among other records.
+func twoPhases() []stream.Record {
+	out := sample(5, 6)
+	last := out[len(out)-1].Position
+	return append(out,
+		stream.Record{Kind: stream.KindPrepared, Position: last + 1, Time: 100, Name: "kept", Consistency: stream.Application},
+		stream.Record{Kind: stream.KindPrepared, Position: last + 2, Time: 101, Name: "taken back"},
+		stream.Record{Kind: stream.KindWrite, Op: block.OpDiscard, Position: last + 3, Time: 102, Range: block.Range{Len: 4096}},
+		stream.Record{Kind: stream.KindVerdict, Position: last + 1, Time: 103, Commit: true},
+		stream.Record{Kind: stream.KindVerdict, Position: last + 2, Time: 104},
+	)
+}
+
 func TestGolden(t *testing.T) {
-	const path = "testdata/v1.seg"
-	got := build(t, sample(4, 12))
-	if *update {
-		if err := os.WriteFile(path, got, 0o644); err != nil {
+	for path, records := range map[string][]stream.Record{"testdata/v1.seg": sample(4, 12), "testdata/v1-two-phases.seg": twoPhases()} {
+		got := build(t, records)
+		if *update {
+			if err := os.WriteFile(path, got, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(path)
+		if err != nil {
 			t.Fatal(err)
 		}
+		if _, err := open(want); err != nil {
+			t.Fatalf("the golden file %s cannot be read: %v", path, err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("the format of %s has changed: it needs a new version", path)
+		}
 	}
-	want, err := os.ReadFile(path)
+}
+
+// TestTwoPhases: both kinds come back as they were, and only a segment that has them
+// carries the flag by which a reader that does not know them refuses it.
+func TestTwoPhases(t *testing.T) {
+	want := twoPhases()
+	b := build(t, want)
+	s, err := open(b)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := open(want); err != nil {
-		t.Fatalf("the golden file of version 1 cannot be read: %v", err)
+	for i := len(want) - 5; i < len(want); i++ {
+		e := s.Entry(i)
+		if e.Kind != want[i].Kind || e.Position != want[i].Position || e.Time != want[i].Time || e.Name != want[i].Name || e.Commit != want[i].Commit || e.Consistency != want[i].Consistency {
+			t.Errorf("record %d: got %+v, want %+v", i, e.Record, want[i])
+		}
 	}
-	if !bytes.Equal(got, want) {
-		t.Error("the format has changed: it needs a new version")
+	flags := func(b []byte) uint32 { return le.Uint32(b[le.Uint32(b[16:])+8:]) }
+	if with, without := flags(b), flags(build(t, sample(5, 6))); with != flagTwoPhase || without != 0 {
+		t.Errorf("flags %#x and %#x", with, without)
 	}
+	builder := NewBuilder(1 << 10)
+	for i := range want {
+		if err := builder.Append(&want[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if builder.Reset(); builder.flags != 0 {
+		t.Error("the next segment would have the flag, too")
+	}
+	for flags, is := range map[uint32]error{0: ErrDamaged, 3: ErrVersion, 2: ErrVersion} {
+		if _, err := open(reflagged(b, flags)); !errors.Is(err, is) {
+			t.Errorf("flags %#x: %v, want %v", flags, err, is)
+		}
+	}
+}
+
+// reflagged gives an index other flags, with checksums that fit.
+func reflagged(b []byte, flags uint32) []byte {
+	b = bytes.Clone(b)
+	f := b[len(b)-footerSize:]
+	ix := b[le.Uint32(f[16:]):][:le.Uint32(f[24:])]
+	le.PutUint32(ix[8:], flags)
+	le.PutUint32(ix[len(ix)-sumSize:], crc(ix[:len(ix)-sumSize]))
+	copy(f[28:32], ix[len(ix)-sumSize:])
+	le.PutUint32(f[footerSize-sumSize:], crc(f[:footerSize-sumSize]))
+	return b
 }
 
 // TestDigestStandsForEveryByte: segments that differ in one payload byte, in an

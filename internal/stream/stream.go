@@ -3,11 +3,12 @@
 //
 // # Order and meaning
 //
-// A group has one sequence of records. Writes, bookmarks and gaps each take the
-// next Position, beginning at 1; a position never restarts and is never used
-// twice in a group. Fills and settled marks take none. Records stand in the
-// stream in the order in which they were appended; positions never decrease in
-// that order, except in the Position field of fills, which is a rank.
+// A group has one sequence of records. Writes, bookmarks, prepared marks and gaps
+// each take the next Position, beginning at 1; a position never restarts and is
+// never used twice in a group. Fills, settled marks and verdicts take none. Records
+// stand in the stream in the order in which they were appended; positions never
+// decrease in that order, except in the Position field of fills, which is a rank,
+// and of verdicts, which is that of the mark.
 //
 // The content of block b at point S is that of the newest among
 //
@@ -29,6 +30,15 @@
 // on. A later fill (in stream order) of a block ends its gap. When no block is
 // unknown any more a settled mark says from which position on the stream is
 // consistent: the largest ValidFrom of the fills of that gap.
+//
+// # Two phases
+//
+// A prepared mark takes a position as a bookmark does, and is none yet. A verdict
+// names its position and takes none itself: with Commit the mark is a bookmark from
+// then on, in the place where it was prepared; without, or as long as no verdict
+// follows, it is nothing, and its name is free for another. There is one verdict at
+// the most for a mark. So several groups get one bookmark, or none of them does,
+// although each has a stream of its own: see internal/protect/ledger.go.
 //
 // # Stretches
 //
@@ -59,6 +69,8 @@ const (
 	KindGap      Kind = 3
 	KindFill     Kind = 4
 	KindSettled  Kind = 5
+	KindPrepared Kind = 6
+	KindVerdict  Kind = 7
 )
 
 func (k Kind) String() string {
@@ -73,6 +85,10 @@ func (k Kind) String() string {
 		return "fill"
 	case KindSettled:
 		return "settled"
+	case KindPrepared:
+		return "prepared mark"
+	case KindVerdict:
+		return "verdict"
 	}
 	return fmt.Sprintf("kind(%d)", uint8(k))
 }
@@ -156,6 +172,8 @@ func (c *Consistency) UnmarshalText(b []byte) error {
 //	gap       Position Time Cause Ranges
 //	fill      Position (its rank) ValidFrom Time Disk Fill Range [Payload] [Base]
 //	settled   Position (consistent from here on) Time
+//	prepared  Position Time Name Consistency
+//	verdict   Position (of the prepared mark) Time Commit
 //
 // Ranges are bytes; those of writes are multiples of block.SectorSize. Time is
 // nanoseconds since 1970 and never decreases along positions.
@@ -165,6 +183,7 @@ type Record struct {
 	Fill        FillOp
 	Cause       Cause
 	Consistency Consistency
+	Commit      bool
 	Disk        int
 	Position    Position
 	ValidFrom   Position
@@ -178,7 +197,7 @@ type Record struct {
 
 // TakesPosition says whether records of this kind count in the sequence of positions.
 func (k Kind) TakesPosition() bool {
-	return k == KindWrite || k == KindBookmark || k == KindGap
+	return k == KindWrite || k == KindBookmark || k == KindGap || k == KindPrepared
 }
 
 // NameMax is the longest bookmark name, in bytes.

@@ -12,9 +12,12 @@
 package timeline
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"tidemark/internal/block"
@@ -76,6 +79,7 @@ type History struct {
 	header  segment.Header
 	last    segment.Summary
 	marks   []Point
+	waiting map[stream.Position]Point // prepared marks without a verdict; made with the first
 	stretch []stretch
 	unknown []block.Set
 	ahead   []block.Set     // of fills above the newest position
@@ -267,7 +271,14 @@ func (h *History) note(e *segment.Entry) {
 			h.reach = max(h.reach, e.Position)
 		}
 	case stream.KindBookmark:
-		h.marks = append(h.marks, Point{Position: e.Position, Time: time.Unix(0, e.Time).UTC(), Bookmark: e.Name, Consistency: e.Consistency})
+		h.marks = append(h.marks, markOf(e))
+	case stream.KindPrepared:
+		if h.waiting == nil {
+			h.waiting = map[stream.Position]Point{}
+		}
+		h.waiting[e.Position] = markOf(e)
+	case stream.KindVerdict:
+		h.decide(e)
 	case stream.KindGap:
 		for _, g := range e.Ranges {
 			h.unknown[g.Disk].Add(g.Range)
@@ -282,6 +293,26 @@ func (h *History) note(e *segment.Entry) {
 		h.stretch = append(h.stretch, stretch{Stretch: Stretch{First: max(e.Position, h.valid)}, settled: len(h.spans)})
 		h.open = true
 	}
+}
+
+func markOf(e *segment.Entry) Point {
+	return Point{Position: e.Position, Time: time.Unix(0, e.Time).UTC(), Bookmark: e.Name, Consistency: e.Consistency}
+}
+
+// decide makes a prepared mark a bookmark, in its place among the others, or forgets it.
+func (h *History) decide(e *segment.Entry) {
+	m, ok := h.waiting[e.Position]
+	delete(h.waiting, e.Position)
+	if !ok || !e.Commit {
+		return
+	}
+	at, _ := slices.BinarySearchFunc(h.marks, m.Position, func(o Point, p stream.Position) int { return cmp.Compare(o.Position, p) })
+	h.marks = slices.Insert(h.marks, at, m)
+}
+
+// Undecided are the prepared marks that no verdict follows, in order: they are no points.
+func (h *History) Undecided() []Point {
+	return slices.SortedFunc(maps.Values(h.waiting), func(a, b Point) int { return cmp.Compare(a.Position, b.Position) })
 }
 
 // close ends the open stretch, if there is one; one that has no position is none.

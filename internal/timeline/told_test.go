@@ -2,6 +2,7 @@ package timeline
 
 import (
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -121,6 +122,44 @@ func TestLaterFillWins(t *testing.T) {
 	}
 }
 
+func preparedAt(p stream.Position, name string) stream.Record {
+	return stream.Record{Kind: stream.KindPrepared, Position: p, Time: int64(p), Name: name}
+}
+
+func verdictOn(p stream.Position, commit bool) stream.Record {
+	return stream.Record{Kind: stream.KindVerdict, Position: p, Commit: commit}
+}
+
+// TestTwoPhases: a prepared mark is a bookmark once its commit follows, in its own
+// place, whatever came in between, and never without.
+func TestTwoPhases(t *testing.T) {
+	records := append(beginning(), preparedAt(2, "first"), preparedAt(3, "second"), preparedAt(4, "open"), writeOf(5, 1),
+		stream.Record{Kind: stream.KindBookmark, Position: 6, Time: 6, Name: "plain"}, verdictOn(3, false), preparedAt(7, "second"),
+		gapOf(8, block.DiskRange{Range: wholeA}), verdictOn(2, true), verdictOn(7, true))
+	w, h := told(t, records)
+	var names []string
+	for _, p := range h.Points() {
+		if p.Bookmark != "" {
+			names = append(names, fmt.Sprint(p.Bookmark, " ", p.Position))
+		}
+	}
+	if want := []string{"first 2", "plain 6", "second 7"}; !slices.Equal(names, want) {
+		t.Errorf("bookmarks %q, want %q", names, want)
+	}
+	if u := h.Undecided(); len(u) != 1 || u[0].Bookmark != "open" || u[0].Position != 4 {
+		t.Errorf("undecided: %+v", u)
+	}
+	if _, err := h.Resolve(stream.Spec{Bookmark: "open"}); !errors.Is(err, ErrNoPoint) {
+		t.Errorf("a prepared mark is offered: %v", err)
+	}
+	if p, err := h.Resolve(stream.Spec{Bookmark: "first"}); err != nil || p.Position != 2 {
+		t.Errorf("the committed one: %+v, %v", p, err)
+	}
+	if got := found(t, w); got != "" {
+		t.Errorf("found: %s", got)
+	}
+}
+
 // TestVerifyFindsBrokenRules: histories whose every checksum fits and that
 // nobody may have written.
 func TestVerifyFindsBrokenRules(t *testing.T) {
@@ -133,6 +172,8 @@ func TestVerifyFindsBrokenRules(t *testing.T) {
 		{"a position left out", append(beginning(), writeOf(2, 1), writeOf(4, 2)), "position 4 comes after 2"},
 		{"a fill that reaches into the stretch before", append(beginning(), writeOf(2, 1), gapOf(3, block.DiskRange{Range: wholeA}), zeroFill(0, 2, 3, wholeA), settledAt(3)),
 			"a fill of rank 2 reaches into the stretch that ended at 2"},
+		{"a verdict on nothing", append(beginning(), writeOf(2, 1), verdictOn(2, true)), "a verdict on position 2, where no prepared mark waits for one"},
+		{"two verdicts", append(beginning(), preparedAt(2, "x"), verdictOn(2, false), verdictOn(2, true)), "a verdict on position 2, where"},
 		{"a fill where nothing is unknown", append(beginning(), writeOf(2, 1), zeroFill(0, 2, 2, wholeA)), "a fill of rank 2 where nothing is unknown"},
 	} {
 		w := keep(t, &story{out: c.records}, 1, 1)

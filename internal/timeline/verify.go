@@ -202,6 +202,10 @@ func (c *checker) entry(o *vault.Object, e *segment.Entry) {
 		wrong(o.Header().Disks[e.Disk].Name, "a fill of rank %d reaches into the stretch that ended at %d", e.Position, h.stretch[len(h.stretch)-1].Last)
 	case e.Kind == stream.KindFill && e.Fill != stream.FillKnown && h.open && e.Position <= h.newest:
 		wrong(o.Header().Disks[e.Disk].Name, "a fill of rank %d where nothing is unknown", e.Position)
+	case e.Kind == stream.KindVerdict:
+		if _, ok := h.waiting[e.Position]; !ok {
+			wrong("", "a verdict on position %d, where no prepared mark waits for one", e.Position)
+		}
 	case e.Kind == stream.KindSettled && !h.open:
 		if e.Position < h.valid {
 			wrong("", "a stretch begins at %d, before all its blocks were known at %d", e.Position, h.valid)

@@ -164,6 +164,7 @@ func tmpfs(t testing.TB, size string) string {
 
 // Exit codes, as docs/operating.md has them.
 const (
+	exitUsage       = 2
 	exitNotFound    = 4
 	exitRefused     = 5
 	exitNotAVault   = 6

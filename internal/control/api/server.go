@@ -23,7 +23,7 @@ type route struct {
 	handle       func(s Service, r *http.Request) (any, error)
 }
 
-var routes = slices.Concat(groupRoutes, deviceRoutes, changeRoutes, snapshotRoutes, copyRoutes)
+var routes = slices.Concat(groupRoutes, markRoutes, deviceRoutes, changeRoutes, snapshotRoutes, copyRoutes)
 
 var groupRoutes = []route{
 	{"GET", "/v1/status", func(s Service, r *http.Request) (any, error) { return s.Status(r.Context()) }},

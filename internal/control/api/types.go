@@ -114,6 +114,7 @@ type LiveDisk struct {
 // Service is what the daemon does for its clients. Methods are called concurrently;
 // their errors should be, or wrap, *Error where a client is to branch on them.
 type Service interface {
+	Marks
 	Devices
 	ChangeMaps
 	Snapshots

@@ -113,9 +113,9 @@ func (r *Ring) submit(f *filter, q *stack.Request) int {
 	}
 	r.mu.Lock()
 	slot := r.slot()
-	pos, ok := r.reserveFor(f.gone, len(payload))
+	to, ok := r.reserveFor(f.gone, len(payload))
 	s := &r.slots[slot]
-	s.Place, s.Offset, s.Disk, s.Dropped = pos, q.Range.Off, uint32(f.disk), 0
+	s.Place, s.Offset, s.Disk, s.Dropped = to.pos, q.Range.Off, uint32(f.disk), 0
 	if !ok {
 		s.Place, s.Dropped = r.head.Producer, 1
 	}
@@ -127,7 +127,7 @@ func (r *Ring) submit(f *filter, q *stack.Request) int {
 		r.gap(f.disk, q.Range) // before it is passed on: whatever comes after it tells of it
 		return slot
 	}
-	r.fill(pos, source.Write, f.disk, q.Op, q.Range, drops, 0, 0, payload)
+	r.fill(to, source.Write, f.disk, q.Op, q.Range, drops, 0, 0, payload)
 	c.writes.Add(1)
 	c.bytes.Add(uint64(q.Range.Len))
 	return slot
@@ -145,13 +145,13 @@ func (r *Ring) slot() int {
 
 // reserveFor reserves room for n bytes of payload, waiting for it as long as the
 // ring's patience lasts and gone is open; r.mu is held, and let go of while it waits.
-func (r *Ring) reserveFor(gone <-chan struct{}, n int) (uint64, bool) {
+func (r *Ring) reserveFor(gone <-chan struct{}, n int) (place, bool) {
 	if n > payloadMax || next(uint64(recordHead+n)) > uint64(r.cfg.RingBytes) {
-		return 0, false
+		return place{}, false
 	}
-	pos, ok := r.reserve(n)
+	to, ok := r.reserve(n)
 	if ok || r.cfg.Patience == 0 {
-		return pos, ok
+		return to, ok
 	}
 	over := false
 	end := time.AfterFunc(r.cfg.Patience, func() { r.mu.Lock(); over = true; r.mu.Unlock(); r.room.Broadcast() })
@@ -159,17 +159,17 @@ func (r *Ring) reserveFor(gone <-chan struct{}, n int) (uint64, bool) {
 	for !ok && !over && !r.tired && !r.closed && r.lost == nil {
 		select {
 		case <-gone:
-			return 0, false
+			return place{}, false
 		default:
 		}
 		r.room.Wait()
-		pos, ok = r.reserve(n)
+		to, ok = r.reserve(n)
 	}
 	if over && !ok { // nobody waits again before something was let go of
 		r.tired = true
 		r.room.Broadcast()
 	}
-	return pos, ok
+	return to, ok
 }
 
 // end says that a write has ended. One that failed may have changed anything in its range.

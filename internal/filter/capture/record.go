@@ -28,33 +28,40 @@ func (r *Ring) word(pos uint64) *uint32 {
 }
 
 // reserve takes room for a record with n bytes of payload, in the order of the
-// calls; r.mu is held. false: there is none.
-func (r *Ring) reserve(n int) (pos uint64, ok bool) {
+// calls; r.mu is held. false: there is none. The record's time is read before it has
+// its place: what lies behind a record with a time after T was submitted after T.
+func (r *Ring) reserve(n int) (at place, ok bool) {
 	size := uint64(recordHead + n)
-	pos = r.head.Producer
+	pos, now := r.head.Producer, r.now()
 	if pos+next(size)-atomic.LoadUint64(&r.head.Consumer) > uint64(r.cfg.RingBytes) {
-		return 0, false
+		return place{}, false
 	}
 	atomic.StoreUint32(r.word(pos), uint32(size)|busyBit)
 	atomic.StoreUint64(&r.head.Producer, pos+next(size)) // now it is part of the ring, whatever becomes of this process
-	return pos, true
+	return place{pos, now}, true
+}
+
+// place is a record's in the ring, and in time.
+type place struct {
+	pos uint64
+	now int64 // CLOCK_MONOTONIC, nanoseconds
 }
 
 // fill writes a record at its reserved place, for readers to take.
-func (r *Ring) fill(pos uint64, kind source.Kind, disk int, op block.Op, on block.Range, drops uint64, token uint64, consistency stream.Consistency, payload []byte) {
-	at := pos & (uint64(r.cfg.RingBytes) - 1)
+func (r *Ring) fill(to place, kind source.Kind, disk int, op block.Op, on block.Range, drops uint64, token uint64, consistency stream.Consistency, payload []byte) {
+	at := to.pos & (uint64(r.cfg.RingBytes) - 1)
 	b, le := r.ring[at+8:at+8+recordHead+uint64(len(payload))], binary.LittleEndian
 	le.PutUint32(b, uint32(kind))
 	le.PutUint16(b[4:], uint16(disk))
 	b[6], b[7] = byte(op), byte(consistency)
 	le.PutUint64(b[8:], uint64(on.Off))
 	le.PutUint64(b[16:], uint64(on.Len))
-	le.PutUint64(b[24:], uint64(r.now()))
+	le.PutUint64(b[24:], uint64(to.now))
 	le.PutUint64(b[32:], drops)
 	le.PutUint64(b[40:], token)
 	le.PutUint32(b[48:], uint32(len(payload)))
 	copy(b[recordHead:], payload)
-	atomic.StoreUint32(r.word(pos), uint32(recordHead+len(payload)))
+	atomic.StoreUint32(r.word(to.pos), uint32(recordHead+len(payload)))
 }
 
 // Producer is the place behind the newest record.
@@ -149,10 +156,10 @@ func (r *Ring) Bookmark(m source.Mark) (source.Place, error) {
 	if r.closed {
 		return 0, fmt.Errorf("bookmark %q: %w", m.Name, ErrClosed)
 	}
-	pos, ok := r.reserveFor(nil, len(m.Name))
+	to, ok := r.reserveFor(nil, len(m.Name))
 	if !ok {
 		return 0, fmt.Errorf("bookmark %q: %w", m.Name, source.ErrFull)
 	}
-	r.fill(pos, source.Bookmark, 0, 0, block.Range{}, r.Drops(), m.Token, m.Consistency, []byte(m.Name))
-	return source.Place(pos + next(uint64(recordHead+len(m.Name)))), nil
+	r.fill(to, source.Bookmark, 0, 0, block.Range{}, r.Drops(), m.Token, m.Consistency, []byte(m.Name))
+	return source.Place(to.pos + next(uint64(recordHead+len(m.Name)))), nil
 }

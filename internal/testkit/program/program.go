@@ -63,9 +63,10 @@ func Binary(t testing.TB) string {
 // Daemon is one daemon with everything that belongs to it. It is used by one
 // goroutine, but for Verb, Run and Status.
 type Daemon struct {
-	Dir    string // holds state, socket, log, vault
-	State  string // the --state folder; may be changed before Start
-	Vault  string // the folder that tests give as --vault
+	Dir    string   // holds state, socket, log, vault
+	State  string   // the --state folder; may be changed before Start
+	Env    []string // of the daemon's own, beyond the test's; may be changed before Start
+	Vault  string   // the folder that tests give as --vault
 	t      testing.TB
 	cmd    *exec.Cmd
 	ended  chan struct{}
@@ -103,7 +104,7 @@ func (d *Daemon) Start() {
 	}
 	defer log.Close()
 	d.cmd = exec.Command(d.bin, append([]string{"daemon", "--state", d.State}, d.extras...)...)
-	d.cmd.Env, d.cmd.Stdout, d.cmd.Stderr = d.env(), log, log
+	d.cmd.Env, d.cmd.Stdout, d.cmd.Stderr = append(d.env(), d.Env...), log, log
 	if err := d.cmd.Start(); err != nil {
 		d.t.Fatal(err)
 	}
@@ -155,6 +156,16 @@ func (d *Daemon) FlushersOnly() {
 		if flags, err := strconv.ParseUint(fields[6], 10, 32); err != nil || flags&memallocNoIO == 0 {
 			d.t.Errorf("%s: flags %s (%v): it may wait for its own device", path, fields[6], err)
 		}
+	}
+}
+
+// Ended waits until the daemon has ended by itself.
+func (d *Daemon) Ended() {
+	d.t.Helper()
+	select {
+	case <-d.ended:
+	case <-time.After(time.Minute):
+		d.t.Fatalf("the daemon does not end: %s", d.Log())
 	}
 }
 
