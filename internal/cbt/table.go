@@ -42,6 +42,9 @@ func (t *table) raise(r block.Range, v uint8) {
 		return
 	}
 	first, last := r.Off>>t.shift, (r.End()-1)>>t.shift
+	if first == last && t.at(first) >= v { // as mostly: marked since the snapshot already
+		return
+	}
 	for w := first >> 3; w <= last>>3; w++ {
 		mask := ^uint64(0)
 		if w == first>>3 {

@@ -37,6 +37,7 @@ type peer struct {
 	name string
 	fio  []string // that leads fio to it
 	pid  int      // whose processor time counts; 0: nobody's
+	uri  string   // of NBD servers
 }
 
 // figure is what one peer did: medians.
@@ -45,26 +46,35 @@ type figure struct {
 	cpu  float64 // microseconds of processor time a request, of the server's
 }
 
+// figures are those of several turns.
+type figures struct{ iops, cpu []float64 }
+
+// add measures one turn.
+func (f *figures) add(b *testing.B, p peer, args []string) {
+	b.Helper()
+	before := 0.0
+	if p.pid != 0 {
+		before = processor(b, p.pid)
+	}
+	l := measured(b, append(slices.Clone(p.fio), args...)...)
+	f.iops = append(f.iops, l.IOPS)
+	if p.pid != 0 {
+		f.cpu = append(f.cpu, 1e6*(processor(b, p.pid)-before)/max(l.Requests, 1))
+	}
+}
+
 // compare has every peer do the same load in turns.
 func compare(b *testing.B, peers []peer, args ...string) map[string]figure {
 	b.Helper()
-	iops, cpu := map[string][]float64{}, map[string][]float64{}
+	all := make([]figures, len(peers))
 	for range turns {
-		for _, p := range peers {
-			before := 0.0
-			if p.pid != 0 {
-				before = processor(b, p.pid)
-			}
-			l := measured(b, append(slices.Clone(p.fio), args...)...)
-			iops[p.name] = append(iops[p.name], l.IOPS)
-			if p.pid != 0 {
-				cpu[p.name] = append(cpu[p.name], 1e6*(processor(b, p.pid)-before)/max(l.Requests, 1))
-			}
+		for i, p := range peers {
+			all[i].add(b, p, args)
 		}
 	}
 	out := map[string]figure{}
-	for _, p := range peers {
-		out[p.name] = figure{median(iops[p.name]), median(cpu[p.name])}
+	for i, p := range peers {
+		out[p.name] = figure{median(all[i].iops), median(all[i].cpu)}
 	}
 	return out
 }
@@ -73,8 +83,7 @@ func median(all []float64) float64 {
 	if len(all) == 0 {
 		return 0
 	}
-	slices.Sort(all)
-	return all[len(all)/2]
+	return slices.Sorted(slices.Values(all))[len(all)/2]
 }
 
 type turn struct {
@@ -154,7 +163,7 @@ func BenchmarkNBD(b *testing.B) {
 	qemuURI, kitURI := "nbd+unix:///x?socket="+q, "nbd+unix:///?socket="+k
 	qemu := started(b, qemuURI, "qemu-nbd", "-k", q, "-f", "raw", "-x", "x", "-t", "-e", "8", filled(b, "qemu"))
 	kit := started(b, kitURI, "nbdkit", "-f", "-U", k, "file", filled(b, "kit"))
-	peers := []peer{{"ours", overNBD(uri), d.PID()}, {"qemu", overNBD(qemuURI), qemu.Pid}, {"kit", overNBD(kitURI), kit.Pid}}
+	peers := []peer{{"ours", overNBD(uri), d.PID(), uri}, {"qemu", overNBD(qemuURI), qemu.Pid, qemuURI}, {"kit", overNBD(kitURI), kit.Pid, kitURI}}
 	for name, args := range timed {
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {
@@ -163,6 +172,35 @@ func BenchmarkNBD(b *testing.B) {
 			}
 		})
 	}
+	file := filled(b, "file")
+	for name, args := range map[string]func(uri string) []string{
+		"nbdcopyfrom": func(uri string) []string { return []string{uri, "null:"} },
+		"nbdcopyto":   func(uri string) []string { return []string{file, uri} },
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				copies(b, peers, args)
+			}
+		})
+	}
+}
+
+// copies has nbdcopy copy a disk from or to every peer in turns.
+func copies(b *testing.B, peers []peer, args func(uri string) []string) {
+	b.Helper()
+	took, cpu := map[string][]float64{}, map[string][]float64{}
+	for range 2 * turns { // they are short
+		for _, p := range peers {
+			before := processor(b, p.pid)
+			took[p.name] = append(took[p.name], seconds(func() { testkit.Run(b, "nbdcopy", args(p.uri)...) }))
+			cpu[p.name] = append(cpu[p.name], processor(b, p.pid)-before)
+		}
+	}
+	for _, p := range peers {
+		b.ReportMetric(servedBytes/1e6/median(took[p.name]), p.name+"-MB/s")
+		b.ReportMetric(median(cpu[p.name]), p.name+"-s-cpu")
+	}
+	b.ReportMetric(min(median(took["qemu"]), median(took["kit"]))/median(took["ours"]), "ours/best")
 }
 
 // report tells what each did, and ours against the better one.
@@ -190,7 +228,7 @@ func BenchmarkLoopFront(b *testing.B) {
 	direct := func(path string) []string {
 		return []string{"--filename=" + path, "--ioengine=libaio", "--direct=1", fmt.Sprint("--size=", servedBytes)}
 	}
-	peers := []peer{{"ours", direct(node), d.PID()}, {"plain", direct(plain.Path), 0}}
+	peers := []peer{{"ours", direct(node), d.PID(), ""}, {"plain", direct(plain.Path), 0, ""}}
 	for name, args := range timed {
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {
@@ -202,9 +240,10 @@ func BenchmarkLoopFront(b *testing.B) {
 }
 
 // BenchmarkFirstWrite: 4 KiB into each chunk of a device under a snapshot, one
-// after the other, beside qemu's copy-before-write; then the same again, when
-// nothing is to be kept any more, against the device without a snapshot. qemu 7.2
-// copies 64 KiB at least: beside 4 KiB chunks of ours too each write is the first to one of its own.
+// after the other, beside qemu's copy-before-write; then to the same places for
+// a while, when nothing is to be kept any more and what was kept is stored, in
+// turns with a device that has no snapshot. qemu 7.2 copies 64 KiB at least:
+// beside 4 KiB chunks of ours too each write is the first to one of its own.
 func BenchmarkFirstWrite(b *testing.B) {
 	testkit.Need(b, "fio", "nbdclients", "nbdservers")
 	for _, chunk := range []int{4, 64, 256} {
@@ -218,40 +257,63 @@ func BenchmarkFirstWrite(b *testing.B) {
 
 func firstWrites(b *testing.B, chunk int) {
 	d := program.New(b)
-	uri := strings.TrimSpace(d.Run("device", "create", "--backing", filled(b, "ours"), "--front", "nbd-server", "--name", "x"))
+	device := func(name string) string {
+		return strings.TrimSpace(d.Run("device", "create", "--backing", filled(b, name), "--front", "nbd-server", "--name", name))
+	}
+	ours, plain := device("ours"), device("plain")
 	// One write of 4 KiB to a chunk of either, every one once, in order.
 	stride := max(chunk, 64)
-	pass := []string{"--bs=4k", "--iodepth=1", fmt.Sprintf("--rw=write:%dk", stride-4)}
-	most := fmt.Sprintf("--io_size=%dk", servedBytes>>10/stride*4)
+	places := []string{"--bs=4k", "--iodepth=1", fmt.Sprintf("--rw=write:%dk", stride-4)}
+	once := append(slices.Clone(places), fmt.Sprintf("--io_size=%dk", servedBytes>>10/stride*4))
+	awhile := append(slices.Clone(places), "--time_based", "--runtime="+turnTime)
 	theirs, storage := filled(b, "qemu"), filepath.Join(testkit.MemoryDir(b), "diff")
-	got := map[string][]float64{}
+	var first, qemuFirst []float64
+	var second, bare figures
 	for range turns {
-		once := func(name, uri string) {
-			b.Helper()
-			got[name] = append(got[name], measured(b, append(overNBD(uri), append(pass, most)...)...).IOPS)
-		}
-		for range 3 { // they are short
-			once("bare", uri)
-		}
-		id := strings.TrimSpace(d.Run("snapshot", "create", "--chunk", fmt.Sprint(chunk, "K"), "--storage", storage+":300M", "x"))
+		id := strings.TrimSpace(d.Run("snapshot", "create", "--chunk", fmt.Sprint(chunk, "K"), "--storage", storage+":300M", "ours"))
 		d.Run("snapshot", "take", id)
-		once("first", uri)
-		for range 3 {
-			once("second", uri)
+		first = append(first, measured(b, append(overNBD(ours), once...)...).IOPS)
+		atRest(b, d.PID())
+		for range 2 {
+			second.add(b, peer{fio: overNBD(ours), pid: d.PID()}, awhile)
+			bare.add(b, peer{fio: overNBD(plain), pid: d.PID()}, awhile)
 		}
 		d.Run("snapshot", "destroy", id)
 		qemu, uri := copyBeforeWrite(b, theirs, stride)
-		once("qemu", uri)
+		qemuFirst = append(qemuFirst, measured(b, append(overNBD(uri), once...)...).IOPS)
 		_ = qemu.Kill() // it holds a lock on the disk
 		_, _ = qemu.Wait()
 	}
-	bare, first := median(got["bare"]), median(got["first"])
-	b.ReportMetric(bare, "bare-iops")
-	b.ReportMetric(first, "first-iops")
-	b.ReportMetric(median(got["second"]), "second-iops")
-	b.ReportMetric(median(got["qemu"]), "qemu-first-iops")
-	b.ReportMetric(first/median(got["qemu"]), "first/qemu")
-	b.ReportMetric(median(got["second"])/bare, "second/bare")
+	b.ReportMetric(median(first), "first-iops")
+	b.ReportMetric(median(qemuFirst), "qemu-first-iops")
+	b.ReportMetric(median(first)/median(qemuFirst), "first/qemu")
+	b.ReportMetric(median(second.iops), "second-iops")
+	b.ReportMetric(median(bare.iops), "bare-iops")
+	b.ReportMetric(median(second.cpu), "second-µs-cpu")
+	b.ReportMetric(median(bare.cpu), "bare-µs-cpu")
+	b.ReportMetric(median(ratios(second.iops, bare.iops)), "second/bare")
+}
+
+// atRest waits until a process has done for a second what it did in the background.
+func atRest(b *testing.B, pid int) {
+	b.Helper()
+	program.Eventually(b, time.Minute, "the daemon rests", func() error {
+		before := processor(b, pid)
+		time.Sleep(time.Second)
+		if did := processor(b, pid) - before; did > 0.03 {
+			return fmt.Errorf("it worked for %.2f s of a second", did)
+		}
+		return nil
+	})
+}
+
+// ratios are those of each turn with its neighbour: what disturbs one mostly disturbs the other.
+func ratios(over, under []float64) []float64 {
+	out := make([]float64, len(over))
+	for i := range over {
+		out[i] = over[i] / under[i]
+	}
+	return out
 }
 
 // copyBeforeWrite is qemu with a file whose old content goes to another before it is overwritten.

@@ -31,7 +31,7 @@ type connection struct {
 	cancel func()
 	ended  chan struct{}
 	link   *link
-	in     *bufio.Reader
+	in     *inbox
 
 	tls        *TLS // to be agreed on before all else; nil: the client may not
 	secure     bool
@@ -61,13 +61,14 @@ type connection struct {
 
 func newConnection(ctx context.Context, s *Server, conn net.Conn) *connection {
 	ctx, cancel := context.WithCancel(ctx)
+	conn = newSocket(conn)
 	l := &link{raw: conn, rw: conn}
 	c := &connection{
 		server: s, ctx: ctx, cancel: cancel, ended: make(chan struct{}), link: l,
 		memory: semaphore.NewWeighted(clientMemory), slots: make(chan struct{}, workers),
 	}
-	c.turns.pace.Store(int64(slowTime))
-	c.in = bufio.NewReaderSize(conn, 64<<10)
+	c.turns.slow.Store(slowFirst)
+	c.in = newInbox(conn)
 	return c
 }
 
@@ -121,7 +122,8 @@ type link struct {
 	raw net.Conn           // bears the deadlines
 	rw  io.ReadWriteCloser // raw, or TLS over it
 
-	bound time.Time // when the bound of writes was set; of who sends
+	bound  time.Time // when the bound of writes was set; of who sends
+	pieces [][]byte  // of what is sent; of who sends
 
 	mu    sync.Mutex
 	ended bool // deadlines are set for the last time
@@ -162,60 +164,81 @@ func (l *link) hangUp() {
 	defer l.mu.Unlock()
 	l.ended = true
 	_ = errors.Join(l.raw.SetReadDeadline(time.Now()), l.raw.SetWriteDeadline(time.Now().Add(drainTime)))
+	if s, ok := l.raw.(*socket); ok {
+		s.hangUp()
+	}
 }
 
 // send writes answers. A client that does not take them in time is an error.
 func (l *link) send(answers []outgoing) error {
-	var batch net.Buffers
 	size := 0
-	for _, a := range answers {
-		for _, p := range a.parts {
-			for len(p) > 0 {
-				piece := p[:min(len(p), stallBytes-size%stallBytes)]
-				p = p[len(piece):]
-				batch, size = append(batch, piece), size+len(piece)
-				if size%stallBytes != 0 {
-					continue
-				}
-				if err := l.flush(batch); err != nil {
+	add := func(p []byte) error {
+		for len(p) > 0 {
+			piece := p[:min(len(p), stallBytes-size%stallBytes)]
+			p = p[len(piece):]
+			l.pieces, size = append(l.pieces, piece), size+len(piece)
+			if size%stallBytes == 0 {
+				if err := l.flush(); err != nil {
 					return err
 				}
-				batch = nil
+			}
+		}
+		return nil
+	}
+	for i := range answers {
+		a := &answers[i]
+		if err := add(a.head[:a.n]); err != nil {
+			return err
+		}
+		if err := add(a.data); err != nil {
+			return err
+		}
+		for _, p := range a.more {
+			if err := add(p); err != nil {
+				return err
 			}
 		}
 	}
-	return l.flush(batch)
+	return l.flush()
 }
 
-func (l *link) flush(batch net.Buffers) error {
-	if len(batch) == 0 {
+// flush sends the pieces, and forgets them.
+func (l *link) flush() error {
+	if len(l.pieces) == 0 {
 		return nil
 	}
 	l.writing()
 	var err error
-	switch l.rw.(type) {
-	case *net.UnixConn, *net.TCPConn: // one system call
-		_, err = batch.WriteTo(l.rw)
-	default: // TLS makes a record of each write
+	if s, ok := l.rw.(*socket); ok { // one system call
+		_, err = s.writeAll(l.pieces)
+	} else { // TLS makes a record of each write
 		w := bufio.NewWriterSize(l.rw, 16<<10)
-		_, err = batch.WriteTo(w)
-		err = errors.Join(err, w.Flush())
+		for _, p := range l.pieces {
+			_, _ = w.Write(p) // Flush says it
+		}
+		err = w.Flush()
 	}
-	var timeout net.Error
-	if errors.As(err, &timeout) && timeout.Timeout() {
+	clear(l.pieces)
+	l.pieces = l.pieces[:0]
+	if err != nil && timedOut(err) {
 		return refused("it takes no reply: %w", err)
 	}
 	return err
 }
 
+func timedOut(err error) bool {
+	timeout, ok := errors.AsType[net.Error](err)
+	return ok && timeout.Timeout()
+}
+
 // payload fills b from the client. One that stops in the middle is an error.
 func (c *connection) payload(b []byte) error {
-	if len(b) > c.in.Buffered() {
+	if len(b) > c.in.buffered() {
 		defer c.link.reading(0)
 	}
 	for len(b) > 0 {
 		n := min(len(b), stallBytes)
-		if n > c.in.Buffered() {
+		if n > c.in.buffered() {
 			c.link.reading(stallTime)
 		}
 		if _, err := io.ReadFull(c.in, b[:n]); err != nil {
@@ -241,37 +264,52 @@ func (c *connection) skip(n int64) error {
 }
 
 func stalled(err error) error {
-	var timeout net.Error
-	if errors.As(err, &timeout) && timeout.Timeout() {
+	if timedOut(err) {
 		return refused("it stopped in the middle of a request: %w", err)
 	}
 	return err
 }
 
+// held is what a request holds until its reply is sent.
+type held struct {
+	buf  *[]byte // of pool
+	pool int
+	slot bool
+}
+
 // hold takes a buffer of n bytes when there is room for one more among the
-// connection's and the server's; free gives it back.
-func (c *connection) hold(n uint32) (b []byte, free func(), err error) {
-	i, size := 0, int64(64<<10)
+// connection's and the server's; release gives it back.
+func (c *connection) hold(n uint32) ([]byte, held, error) {
+	i, size := 0, int64(poolSmallest)
 	for size < int64(n) {
 		i, size = i+1, size*2
 	}
 	if err := c.take(c.memory, size); err != nil {
-		return nil, nil, err
+		return nil, held{}, err
 	}
 	if err := c.take(c.server.memory, size); err != nil {
 		c.memory.Release(size)
-		return nil, nil, err
+		return nil, held{}, err
 	}
 	p, ok := c.server.pools[i].Get().(*[]byte)
 	if !ok {
 		fresh := make([]byte, size)
 		p = &fresh
 	}
-	return (*p)[:n], func() {
-		c.server.pools[i].Put(p)
+	return (*p)[:n], held{buf: p, pool: i}, nil
+}
+
+// release gives back what a request holds.
+func (c *connection) release(h held) {
+	if h.buf != nil {
+		size := int64(poolSmallest) << h.pool
+		c.server.pools[h.pool].Put(h.buf)
 		c.server.memory.Release(size)
 		c.memory.Release(size)
-	}, nil
+	}
+	if h.slot {
+		<-c.slots
+	}
 }
 
 // take waits for room; answers that hold some go first.

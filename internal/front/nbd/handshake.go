@@ -138,7 +138,7 @@ func (c *connection) startTLS(data []byte) error {
 		return c.reply(nbd.OptStartTLS, nbd.RepErrInvalid, "TLS is spoken already")
 	case c.tls == nil:
 		return c.reply(nbd.OptStartTLS, nbd.RepErrPolicy, "this server speaks no TLS here: use an nbd:// or nbd+unix:// URI")
-	case c.in.Buffered() > 0: // what anybody could have put in must not count as said in TLS
+	case c.in.buffered() > 0: // what anybody could have put in must not count as said in TLS
 		return refused("it went on in the clear after it asked for TLS")
 	}
 	if err := c.reply(nbd.OptStartTLS, nbd.RepAck); err != nil {
@@ -156,7 +156,7 @@ func (c *connection) startTLS(data []byte) error {
 		c.server.complain("an NBD client was refused", "client", c.link.raw.RemoteAddr(), "why", c.denied)
 	}
 	c.link.rw, c.secure = conn, true
-	c.in.Reset(conn)
+	c.in.reset(conn)
 	return nil
 }
 

@@ -2,7 +2,6 @@ package nbd
 
 import (
 	"errors"
-	"net"
 	"syscall"
 
 	"tidemark/internal/abi/nbd"
@@ -24,17 +23,28 @@ func errno(err error) uint32 {
 	return nbd.EIO
 }
 
-// outgoing is a reply on its way to the client.
+// outgoing is a reply on its way to the client: a head, then the data of a read,
+// then what replies of several parts have besides.
 type outgoing struct {
-	parts net.Buffers
-	sent  func() // it was, or it never will be
+	head [chunkSize + 8]byte
+	n    int // of head
+	data []byte
+	more [][]byte
+	held held // given back when it was sent, or never will be
 }
 
+// Bytes of what replies begin with.
+const (
+	simpleSize = 16
+	chunkSize  = 20
+)
+
 // answer queues what a request is answered with: flush sends it.
-func (c *connection) answer(r request, parts ...[]byte) {
+func (c *connection) answer(r *request, a outgoing) {
+	a.held = r.held
 	c.out.Lock()
 	defer c.out.Unlock()
-	c.answers = append(c.answers, outgoing{parts, r.free})
+	c.answers = append(c.answers, a)
 }
 
 // flush sends what is queued. Where somebody else is at it already, they send
@@ -50,8 +60,8 @@ func (c *connection) flush() error {
 		if err == nil {
 			err = c.link.send(batch)
 		}
-		for i, a := range batch {
-			a.sent()
+		for i := range batch {
+			c.release(batch[i].held)
 			batch[i] = outgoing{}
 		}
 		c.out.Lock()
@@ -60,48 +70,52 @@ func (c *connection) flush() error {
 	return c.mute
 }
 
-func simple(cookie uint64, code uint32) []byte {
-	h := be.AppendUint32(make([]byte, 0, 16), nbd.SimpleMagic)
-	return be.AppendUint64(be.AppendUint32(h, code), cookie)
+// simple adds a simple reply to b.
+func simple(b []byte, cookie uint64, code uint32) []byte {
+	return be.AppendUint64(be.AppendUint32(be.AppendUint32(b, nbd.SimpleMagic), code), cookie)
 }
 
-// chunk is the head of a part of a structured reply, n bytes follow.
-func chunk(cookie uint64, last bool, kind uint16, n int) []byte {
+// chunk adds the head of a part of a structured reply to b; n bytes follow it.
+func chunk(b []byte, cookie uint64, last bool, kind uint16, n int) []byte {
 	flags := uint16(0)
 	if last {
 		flags = nbd.ReplyFlagDone
 	}
-	h := be.AppendUint32(make([]byte, 0, 40), nbd.StructuredMagic)
-	h = be.AppendUint64(be.AppendUint16(be.AppendUint16(h, flags), kind), cookie)
-	return be.AppendUint32(h, uint32(n))
+	b = be.AppendUint16(be.AppendUint16(be.AppendUint32(b, nbd.StructuredMagic), flags), kind)
+	return be.AppendUint32(be.AppendUint64(b, cookie), uint32(n))
 }
 
-func (c *connection) done(r request) {
+func (c *connection) done(r *request) {
+	var a outgoing
 	if c.structured {
-		c.answer(r, chunk(r.cookie, true, nbd.ReplyNone, 0))
+		a.n = len(chunk(a.head[:0], r.cookie, true, nbd.ReplyNone, 0))
 	} else {
-		c.answer(r, simple(r.cookie, 0))
+		a.n = len(simple(a.head[:0], r.cookie, 0))
 	}
+	c.answer(r, a)
 }
 
 // messageMax bounds the text of an error, in bytes; the protocol allows 4096.
 const messageMax = 1024
 
-func (c *connection) fail(r request, code uint32, why string) {
+func (c *connection) fail(r *request, code uint32, why string) {
+	var a outgoing
 	if !c.structured {
-		c.answer(r, simple(r.cookie, code))
-		return
+		a.n = len(simple(a.head[:0], r.cookie, code))
+	} else {
+		why = why[:min(len(why), messageMax)]
+		a.n = len(chunk(a.head[:0], r.cookie, true, nbd.ReplyError, 6+len(why)))
+		a.data = append(be.AppendUint16(be.AppendUint32(nil, code), uint16(len(why))), why...)
 	}
-	why = why[:min(len(why), messageMax)]
-	h := chunk(r.cookie, true, nbd.ReplyError, 6+len(why))
-	c.answer(r, be.AppendUint16(be.AppendUint32(h, code), uint16(len(why))), []byte(why))
+	c.answer(r, a)
 }
 
-func (c *connection) read(r request) {
-	pieces := []block.Extent{{Range: r.at(), State: block.Data}}
-	if c.structured && r.flags&nbd.CmdFlagDF == 0 && r.n >= 2*holeMin {
-		pieces = c.pieces(r.at())
+func (c *connection) read(r *request) {
+	if !c.structured || r.flags&nbd.CmdFlagDF != 0 || r.n < 2*holeMin {
+		c.readWhole(r)
+		return
 	}
+	pieces := c.pieces(r.at())
 	for _, p := range pieces {
 		if p.State != block.Data {
 			continue
@@ -111,22 +125,33 @@ func (c *connection) read(r request) {
 			return
 		}
 	}
-	if !c.structured {
-		c.answer(r, simple(r.cookie, 0), r.buf)
-		return
-	}
 	parts := make([][]byte, 0, 2*len(pieces))
 	for i, p := range pieces {
 		last := i == len(pieces)-1
 		if p.State == block.Data {
-			h := be.AppendUint64(chunk(r.cookie, last, nbd.ReplyOffsetData, 8+int(p.Len)), uint64(p.Off))
+			h := be.AppendUint64(chunk(nil, r.cookie, last, nbd.ReplyOffsetData, 8+int(p.Len)), uint64(p.Off))
 			parts = append(parts, h, r.buf[p.Off-int64(r.off):][:p.Len])
 		} else {
-			h := be.AppendUint64(chunk(r.cookie, last, nbd.ReplyOffsetHole, 12), uint64(p.Off))
+			h := be.AppendUint64(chunk(nil, r.cookie, last, nbd.ReplyOffsetHole, 12), uint64(p.Off))
 			parts = append(parts, be.AppendUint32(h, uint32(p.Len)))
 		}
 	}
-	c.answer(r, parts...)
+	c.answer(r, outgoing{more: parts})
+}
+
+// readWhole answers a read in one piece.
+func (c *connection) readWhole(r *request) {
+	if err := readFull(c.export.Device, r.buf, int64(r.off)); err != nil {
+		c.fail(r, errno(err), err.Error())
+		return
+	}
+	a := outgoing{data: r.buf}
+	if c.structured {
+		a.n = len(be.AppendUint64(chunk(a.head[:0], r.cookie, true, nbd.ReplyOffsetData, 8+len(r.buf)), r.off))
+	} else {
+		a.n = len(simple(a.head[:0], r.cookie, 0))
+	}
+	c.answer(r, a)
 }
 
 // Zeroes travel as holes where they are long enough to be worth a chunk of their own.
@@ -170,7 +195,7 @@ func extend(out []block.Extent, e block.Extent) []block.Extent {
 }
 
 // status answers with what each context that was agreed on says.
-func (c *connection) status(r request) {
+func (c *connection) status(r *request) {
 	most := statusMax
 	if r.flags&nbd.CmdFlagReqOne != 0 {
 		most = 1
@@ -185,11 +210,11 @@ func (c *connection) status(r request) {
 			c.fail(r, errno(err), m.name+": "+err.Error())
 			return
 		}
-		h := chunk(r.cookie, i == len(c.contexts)-1, nbd.ReplyBlockStatus, 4+8*len(found))
-		reply = append(reply, be.AppendUint32(h, m.id)...)
+		reply = chunk(reply, r.cookie, i == len(c.contexts)-1, nbd.ReplyBlockStatus, 4+8*len(found))
+		reply = be.AppendUint32(reply, m.id)
 		for _, d := range found {
 			reply = be.AppendUint32(be.AppendUint32(reply, d.length), d.state)
 		}
 	}
-	c.answer(r, reply)
+	c.answer(r, outgoing{data: reply})
 }

@@ -7,8 +7,8 @@
 // can make the server hold is bounded, every wait for its hand too (docs/nbd.md
 // lists the bounds), and what it sends wrong ends its own connection at most.
 //
-// One connection is one goroutine that reads requests, and one for each request
-// under way; they end before Serve, ServeConn and Remove return.
+// One connection is one goroutine that reads requests, on a thread that waits in the kernel for them, and one for each request
+// under way that takes long; they end before Serve, ServeConn and Remove return.
 package nbd
 
 import (
@@ -71,6 +71,7 @@ const (
 	handshakeTime = 10 * time.Second
 	stallTime     = time.Minute     // to send or take the next stallBytes of a payload
 	stallBytes    = 1 << 20         // or what is left of it
+	poolSmallest  = 64 << 10        // bytes of a request's buffer
 	drainTime     = 5 * time.Second // to take the last replies when the server ends
 )
 
@@ -93,7 +94,7 @@ type Server struct {
 	once   sync.Once
 	memory *semaphore.Weighted
 	quiet  rate.Sometimes
-	pools  [10]sync.Pool // buffers, by power of two from 64 KiB
+	pools  [10]sync.Pool // buffers, by power of two from poolSmallest
 }
 
 func (s *Server) init() {

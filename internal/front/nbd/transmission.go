@@ -14,16 +14,16 @@ type request struct {
 	off        uint64
 	n          uint32
 	buf        []byte // of a read or write
-	free       func() // gives back what the request holds, when its reply is sent
+	held       held   // given back when its reply is sent
 }
 
 // at is the request's range. It means something once check has passed.
-func (r request) at() block.Range { return block.Range{Off: int64(r.off), Len: int64(r.n)} }
+func (r *request) at() block.Range { return block.Range{Off: int64(r.off), Len: int64(r.n)} }
 
 // next reads one request, with its payload. No more come than there is memory for.
 func (c *connection) next() (request, error) {
-	var h [nbd.RequestSize]byte
-	if _, err := io.ReadFull(c.in, h[:]); err != nil {
+	h, err := c.in.take(nbd.RequestSize)
+	if err != nil {
 		return request{}, err
 	}
 	r, err := parse(h)
@@ -35,27 +35,24 @@ func (c *connection) next() (request, error) {
 	case r.cmd == nbd.CmdWrite && large:
 		return r, c.skip(int64(r.n))
 	case r.cmd == nbd.CmdWrite, r.cmd == nbd.CmdRead && !large:
-		if r.buf, r.free, err = c.hold(r.n); err != nil {
+		if r.buf, r.held, err = c.hold(r.n); err != nil {
 			return r, err
 		}
 	}
 	if r.cmd == nbd.CmdWrite {
 		if err := c.payload(r.buf); err != nil {
-			r.free()
+			c.release(r.held)
 			return r, err
 		}
 	}
 	return r, nil
 }
 
-func parse(h [nbd.RequestSize]byte) (request, error) {
-	if be.Uint32(h[:]) != nbd.RequestMagic {
+func parse(h []byte) (request, error) {
+	if be.Uint32(h) != nbd.RequestMagic {
 		return request{}, refused("it sent something else than a request")
 	}
-	return request{
-		flags: be.Uint16(h[4:]), cmd: be.Uint16(h[6:]), cookie: be.Uint64(h[8:]), off: be.Uint64(h[16:]), n: be.Uint32(h[24:]),
-		free: func() {},
-	}, nil
+	return request{flags: be.Uint16(h[4:]), cmd: be.Uint16(h[6:]), cookie: be.Uint64(h[8:]), off: be.Uint64(h[16:]), n: be.Uint32(h[24:])}, nil
 }
 
 // allowed are the flags that each command knows.
@@ -66,7 +63,7 @@ var allowed = map[uint16]uint16{
 }
 
 // check gives the error for a request that must not be done; 0 for none.
-func (c *connection) check(r request) uint32 {
+func (c *connection) check(r *request) uint32 {
 	flags, known := allowed[r.cmd]
 	size := uint64(c.export.Device.Size())
 	beyond := r.off > size || uint64(r.n) > size-r.off
@@ -94,7 +91,7 @@ func (c *connection) check(r request) uint32 {
 }
 
 // do has a request done and queues the answer.
-func (c *connection) do(r request) {
+func (c *connection) do(r *request) {
 	if code := c.check(r); code != 0 {
 		c.fail(r, code, "")
 		return
@@ -130,7 +127,7 @@ func (c *connection) do(r request) {
 }
 
 // write writes, with FUA so that it is stable when it returns.
-func write(dev block.Device, r request) error {
+func write(dev block.Device, r *request) error {
 	stable := r.flags&nbd.CmdFlagFUA != 0
 	if f, ok := dev.(block.FUAWriter); ok && stable {
 		_, err := f.WriteFUA(r.buf, int64(r.off))
