@@ -57,7 +57,10 @@ func (c *connection) transmission() error {
 
 // reads reads until the client is gone, or until somebody else does.
 func (c *connection) reads() {
-	for c.unsentGo() {
+	for {
+		if c.turns.unsent && !c.more() && !c.sends() {
+			return
+		}
 		select {
 		case c.slots <- struct{}{}:
 		default: // answers that wait for more may have them
@@ -83,12 +86,6 @@ func (c *connection) reads() {
 		}
 		c.turns.unsent = true
 	}
-}
-
-// unsentGo sends what waits to be, before the reader waits for a request. False:
-// somebody else reads by now.
-func (c *connection) unsentGo() bool {
-	return !c.turns.unsent || c.more() || c.sends()
 }
 
 // sends has the reader send, and says whether it still reads afterwards.
