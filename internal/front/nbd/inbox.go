@@ -11,6 +11,7 @@ type inbox struct {
 	from io.Reader
 	b    []byte
 	r, w int // b[r:w] is there
+	luck int // of late, with looking for more
 }
 
 const inboxBytes = 64 << 10
@@ -27,6 +28,7 @@ func (in *inbox) buffered() int { return in.w - in.r }
 func (in *inbox) Read(p []byte) (int, error) {
 	if in.r == in.w {
 		if s, ok := in.from.(*socket); ok {
+			s.dry = false // it is what was begun: it is most likely here by now
 			n, err := s.readBoth(p, in.b)
 			in.r, in.w = 0, max(n-len(p), 0)
 			return min(n, len(p)), err
@@ -87,7 +89,12 @@ func (in *inbox) compact() {
 	}
 }
 
-// more looks for more, for no longer than a moment, and says whether it found any.
+// luckMost is up to how often more looks in vain before it does so less often.
+const luckMost = 16
+
+// more looks for more, for no longer than a moment, and says whether it found
+// any. Without a moment, where there mostly is none, as from a client with one
+// request at a time, it mostly does not look.
 func (in *inbox) more(moment time.Duration) bool {
 	s, ok := in.from.(*socket)
 	if !ok {
@@ -96,7 +103,13 @@ func (in *inbox) more(moment time.Duration) bool {
 	if in.compact(); in.w == len(in.b) {
 		return false
 	}
+	if in.luck--; in.luck < 0 && in.luck%luckMost != 0 && moment == 0 {
+		return false
+	}
 	n, _ := s.tryRead(in.b[in.w:], moment) // an error comes again
 	in.w += n
+	if n > 0 {
+		in.luck = luckMost
+	}
 	return n > 0
 }

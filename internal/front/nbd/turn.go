@@ -25,7 +25,7 @@ const (
 	slowFirst = slowMost/2 + 20 // that it is quick has to be shown
 
 	// patience with the reader that does something by itself; it ends up to twice as late.
-	patience = 500 * time.Microsecond
+	patience = time.Millisecond
 
 	// moment is what the rest of a request that is here in part may take before
 	// the answers that are ready are sent.
