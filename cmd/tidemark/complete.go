@@ -18,6 +18,9 @@ const completeWithin = 2 * time.Second
 // completeGroups offers a first argument: the groups of --vault where the verb
 // has that flag, those of the daemon elsewhere.
 func completeGroups(cmd *cobra.Command, args []string, begun string) ([]string, cobra.ShellCompDirective) {
+	if len(args) == 1 && takesConsumer(cmd.Use) {
+		return completeConsumers(cmd, args[0], begun)
+	}
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveDefault
 	}

@@ -33,6 +33,8 @@ const (
 	exitInUse       = 9
 	exitUnreachable = 10
 	exitFullCopy    = 11
+	exitNothing     = 12
+	exitNotGiven    = 13
 	exitInterrupted = 130
 )
 
@@ -50,6 +52,8 @@ var exitMeanings = map[int]string{
 	exitInUse:       "in use: by another daemon, group, mount or freeze",
 	exitUnreachable: "vault, disk or ring is away or full: try again",
 	exitFullCopy:    "not known any more what changed since then: take a full copy",
+	exitNothing:     "nothing is pending for the consumer, or not enough in time",
+	exitNotGiven:    "not a batch that the consumer can commit, or go on from",
 	exitInterrupted: "interrupted by a signal",
 }
 
@@ -61,7 +65,7 @@ func (e usageError) Unwrap() error { return e.error }
 var byAPI = map[api.Code]int{
 	api.CodeUsage: exitUsage, api.CodeNoDaemon: exitNoDaemon, api.CodeNotFound: exitNotFound, api.CodeRefused: exitRefused,
 	api.CodeNotAVault: exitNotAVault, api.CodeDamaged: exitDamaged, api.CodeInsideGap: exitInsideGap, api.CodeInUse: exitInUse,
-	api.CodeUnreachable: exitUnreachable, api.CodeFullCopy: exitFullCopy,
+	api.CodeUnreachable: exitUnreachable, api.CodeFullCopy: exitFullCopy, api.CodeNothing: exitNothing, api.CodeNotGiven: exitNotGiven,
 }
 
 // exitCode is the one place where errors become exit codes.

@@ -105,7 +105,7 @@ A first round trip:
 		return usageError{fmt.Errorf("%w\n  See: %s --help", err, cmd.CommandPath())}
 	})
 	root.AddCommand(newDaemon(), newProtect(), newUnprotect(), newStatus(), newBookmark(), newPoints(),
-		newRestore(), newExport(), newMount(), newVerify(), newDoctor(), newDevice(), newCBT(), newSnapshot(), newMan(), newMountServe(), newDeviceHelper())
+		newRestore(), newExport(), newMount(), newVerify(), newDoctor(), newDevice(), newCBT(), newSnapshot(), newDrain(), newMan(), newMountServe(), newDeviceHelper())
 	for _, c := range allCommands(root) {
 		c.Args, c.PreRunE, c.DisableFlagsInUseLine = checkArguments, checkFlags, true
 		if want := positionals(c.Use); len(want) > 0 && strings.Trim(want[0], "[.]") == "GROUP" {
@@ -121,9 +121,9 @@ A first round trip:
 // the same answer to a word that is none.
 func arrange(root *cobra.Command) {
 	for _, heading := range []struct{ id, title, verbs string }{
-		{"protect", "Protect live disks:", "daemon protect unprotect status bookmark doctor"},
+		{"protect", "Protect live disks:", "daemon protect unprotect status bookmark drain doctor"},
 		{"recover", "Recover, straight from a vault:", "points restore export mount verify"},
-		{"serve", "Serve devices:", "device cbt snapshot drain"},
+		{"serve", "Serve devices:", "device cbt snapshot"},
 	} {
 		root.AddGroup(&cobra.Group{ID: heading.id, Title: heading.title})
 		for _, c := range root.Commands() {

@@ -76,6 +76,13 @@ func printGroup(out io.Writer, g api.Group) {
 		rows = append(rows, table.Row{d.Name, d.Device, formatSize(d.SizeBytes), percent(d.GapBytes, d.SizeBytes), d.Writes, formatSize(int64(d.WrittenBytes)), d.LostWrites, d.FailedWrites, d.Identity})
 	}
 	printTable(out, table.Row{"disk", "device", "size", "to fill", "writes", "captured", "lost", "failed", "identity"}, rows)
+	if len(g.Consumers) > 0 {
+		rows = nil
+		for _, c := range g.Consumers {
+			rows = append(rows, consumerRow(c))
+		}
+		printTable(out, consumerHeader, rows)
+	}
 	printConditions(out, g.Conditions)
 }
 

@@ -59,8 +59,8 @@ var (
 )
 
 // Run runs the daemon until ctx ends. It shuts down in this order:
-//  1. the socket goes, so that nobody asks for anything new; requests under way
-//     get a moment (shutdownMax), then they are cut off; the control devices of
+//  1. the socket goes, so that nobody asks for anything new; who waits for a batch
+//     is told, and requests under way get a moment (shutdownMax), then they are cut off; the control devices of
 //     other systems go likewise;
 //  2. the served devices stop: those whose front can do so let requests wait;
 //  3. the groups stop, all at once, each after what its ring holds is durable in
@@ -87,7 +87,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	host, _ := os.Hostname() // only told to people
-	svc := &service{version: cfg.Version, groups: map[string]*protect.Group{}, env: &protect.Env{
+	svc := &service{version: cfg.Version, groups: map[string]*protect.Group{}, batches: make(chan struct{}, batchesMax), env: &protect.Env{
 		StateDir: cfg.StateDir, Instance: instance, Log: cfg.Log,
 		Holder: vault.Holder{Host: host, PID: os.Getpid(), Instance: instance, Since: time.Now()},
 	}}
@@ -124,6 +124,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
 	end, cancel := context.WithTimeout(context.Background(), shutdownMax)
 	defer cancel()
+	svc.closeAllConsumers() // who waits for a batch would wait for ever
 	if server.Shutdown(end) != nil {
 		server.Close()
 	}

@@ -44,7 +44,7 @@ func TestProtectInterrupted(t *testing.T) {
 	if _, err := s.Protect(t.Context(), request); err != nil {
 		t.Fatalf("the second: %v", err)
 	}
-	if err := s.Unprotect(t.Context(), "g", true); err != nil {
+	if err := s.Unprotect(t.Context(), "g", true, false); err != nil {
 		t.Fatal(err)
 	}
 }

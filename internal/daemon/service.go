@@ -20,6 +20,7 @@ import (
 	"tidemark/internal/diff"
 	"tidemark/internal/disk"
 	"tidemark/internal/dm"
+	"tidemark/internal/drain"
 	"tidemark/internal/filter/barrier"
 	"tidemark/internal/freeze"
 	"tidemark/internal/health"
@@ -31,6 +32,7 @@ import (
 	"tidemark/internal/stack"
 	"tidemark/internal/stream"
 	"tidemark/internal/tap"
+	"tidemark/internal/timeline"
 	"tidemark/internal/vault"
 )
 
@@ -44,7 +46,10 @@ type service struct {
 	making sync.Mutex // one group is made at a time; a vault that hangs must not keep status waiting
 	mu     sync.Mutex // held for a moment
 	groups map[string]*protect.Group
+	drains map[string]*drain.Group // the groups' consumers
 	copies copies
+
+	batches chan struct{} // holds one for each batch that is made or on its way
 }
 
 var _ api.Service = (*service)(nil)
@@ -66,6 +71,7 @@ func (s *service) open() error {
 			continue
 		}
 		s.groups[e.Name()] = g
+		s.openConsumers(g)
 	}
 	return nil
 }
@@ -116,7 +122,7 @@ func (s *service) find(name string) (*protect.Group, error) {
 func (s *service) Status(ctx context.Context) (api.Status, error) {
 	out := api.Status{Version: s.version, Groups: []api.Group{}, Conditions: append(s.health.List(), s.devices.Conditions()...)}
 	for _, g := range s.list() {
-		out.Groups = append(out.Groups, groupOf(g.Status(ctx)))
+		out.Groups = append(out.Groups, s.groupOf(g.Status(ctx)))
 	}
 	return out, nil
 }
@@ -148,8 +154,9 @@ func (s *service) Protect(ctx context.Context, r api.ProtectRequest) (api.Group,
 	}
 	s.mu.Lock()
 	s.groups[g.Config().Name] = g
+	s.openConsumers(g)
 	s.mu.Unlock()
-	return groupOf(g.Status(ctx)), nil
+	return s.groupOf(g.Status(ctx)), nil
 }
 
 // apart refuses a vault among the daemon's own things: it must outlive them, and
@@ -173,12 +180,28 @@ func realPath(path string) string {
 	return filepath.Join(realPath(filepath.Dir(path)), filepath.Base(path))
 }
 
-func (s *service) Unprotect(ctx context.Context, name string, abandon bool) error {
+// groupOf is a group with its consumers.
+func (s *service) groupOf(st protect.Status) api.Group {
+	out := groupOf(st)
+	out.Consumers = s.consumersOf(st.Name)
+	return out
+}
+
+func (s *service) Unprotect(ctx context.Context, name string, abandon, force bool) error {
 	g, err := s.find(name)
 	if err != nil {
 		return err
 	}
+	if d, err := s.consumers(name); err == nil && !abandon && !force {
+		if err := d.Drained(ctx); err != nil {
+			return coded(err)
+		}
+	}
+	s.closeConsumers(name) // their states go with the group's folder
 	if err := g.Unprotect(ctx, abandon); err != nil {
+		s.mu.Lock()
+		s.openConsumers(g)
+		s.mu.Unlock()
 		return coded(err)
 	}
 	s.mu.Lock()
@@ -223,6 +246,17 @@ func coded(err error) error {
 		code   api.Code
 		remedy string
 	}{
+		{drain.ErrNothing, api.CodeNothing, ""},
+		{drain.ErrCommit, api.CodeNotGiven, ""},
+		{drain.ErrNoConsumer, api.CodeNotFound, "tidemark drain ls lists the consumers; drain next makes one."},
+		{drain.ErrName, api.CodeUsage, ""},
+		{drain.ErrOptions, api.CodeUsage, ""},
+		{drain.ErrExists, api.CodeInUse, "Give another name, or the options that it was made with."},
+		{drain.ErrPending, api.CodeRefused, "Drain it first, or give --force."},
+		{drain.ErrState, api.CodeDamaged, ""},
+		{drain.ErrStopped, api.CodeUnreachable, ""},
+		{timeline.ErrInsideGap, api.CodeInsideGap, ""},
+		{timeline.ErrNoPoint, api.CodeNotFound, "tidemark points lists the points."},
 		{protect.ErrInsideGap, api.CodeInsideGap, "tidemark status shows how far the gap is filled."},
 		{protect.ErrSettings, api.CodeUsage, ""},
 		{stream.ErrBadPoint, api.CodeUsage, ""},

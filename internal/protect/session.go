@@ -93,6 +93,7 @@ type session struct {
 	unsealed []string // names of bookmarks that are not durable yet
 	urgent   bool
 	pending  onTheWay // safe for all
+	stored   refs     // likewise
 
 	requests chan request
 	uevents  chan disk.Uevent // what the kernel tells of block devices

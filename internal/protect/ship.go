@@ -89,6 +89,7 @@ func (s *session) ship(ctx context.Context) error {
 		}
 		retry = shipRetryFirst
 		s.health.Clear("vault-unreachable", s.cfg.Name)
+		s.stored.put(item.Summary)
 		if err := s.cursor.Commit(item.Sequence); err != nil {
 			return err
 		}

@@ -272,12 +272,18 @@ func (s *Segment) ReadPayload(e *Entry, off int64, dst []byte) error {
 	return nil
 }
 
+// Bytes is what the segment is read from.
+func (s *Segment) Bytes() io.ReaderAt { return s.r }
+
 // Records calls fn for every record in stream order, with its payload. The
 // record and its payload are valid until fn returns; an error of fn ends it.
-func (s *Segment) Records(fn func(*stream.Record) error) error {
+func (s *Segment) Records(fn func(*stream.Record) error) error { return s.RecordsFrom(0, fn) }
+
+// RecordsFrom is Records that begins at the i-th.
+func (s *Segment) RecordsFrom(i int, fn func(*stream.Record) error) error {
 	buf, have := make([]byte, FrameSize), -1
 	var frame, long []byte
-	for i := range s.count {
+	for ; i < s.count; i++ {
 		e := s.Entry(i)
 		if n := int(e.Range.Len); e.HasPayload() && n > 0 {
 			at := int(e.At % FrameSize)

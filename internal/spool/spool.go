@@ -234,6 +234,25 @@ func (s *Spool) Last() (segment.Summary, bool) {
 	return segment.Summary{}, false
 }
 
+// At is a segment that is still there, whatever the cursors. *DamagedError: it
+// cannot be used.
+func (s *Spool) At(sequence uint64) (Item, bool, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.items) == 0 || sequence < s.items[0].Sequence || sequence-s.items[0].Sequence >= uint64(len(s.items)) {
+		return Item{}, false, nil
+	}
+	i := s.items[sequence-s.items[0].Sequence] // they are without a hole
+	return i, i.damage == nil, i.damage
+}
+
+// Changed is closed at the next change, or when the spool is.
+func (s *Spool) Changed() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.changed
+}
+
 // Bytes is how much is there: what waits to be drained, and the newest.
 func (s *Spool) Bytes() int64 {
 	s.mu.Lock()

@@ -55,6 +55,8 @@ var layer = map[string][]string{
 	"internal/vault":    {"internal/block", "internal/health", "internal/segment", "internal/stream", "internal/vfs"},
 	"internal/timeline": {"internal/block", "internal/segment", "internal/stream", "internal/vault"},
 	"internal/deposit":  {"internal/block", "internal/cbt", "internal/segment", "internal/stream", "internal/timeline", "internal/vault"},
+	"internal/batch":    {"internal/block", "internal/stream"},
+	"internal/drain":    {"internal/batch", "internal/block", "internal/segment", "internal/stream", "internal/timeline", "internal/vfs"},
 	"internal/restore":  {"internal/block", "internal/loop"},
 
 	// Served devices.
@@ -88,7 +90,9 @@ var layer = map[string][]string{
 	"internal/control/blksnap":  {"internal/block", "internal/abi/blksnap", "internal/control/cuse", "internal/health"},
 	"internal/control/involflt": {"internal/block", "internal/stream", "internal/abi/involflt", "internal/control/cuse", "internal/health"},
 	"internal/daemon":           {"internal/..."},
-	"cmd/tidemark": {"internal/block", "internal/control/api", "internal/daemon", "internal/disk", "internal/segment", "internal/tap", "internal/mount", "internal/overlay", "internal/doctor", "internal/freeze", "internal/front/...", "internal/serve",
+	"client":                    {"internal/batch", "internal/control/api"},
+	"client/example":            {"client"},
+	"cmd/tidemark": {"internal/batch", "internal/block", "internal/control/api", "internal/daemon", "internal/disk", "internal/segment", "internal/tap", "internal/mount", "internal/overlay", "internal/doctor", "internal/freeze", "internal/front/...", "internal/serve",
 		"internal/health", "internal/restore", "internal/stream", "internal/timeline", "internal/vault"},
 
 	// Tests. What they need from the rest they take as interfaces, so that any package's own tests can use them.

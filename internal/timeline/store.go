@@ -1,7 +1,6 @@
 package timeline
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -19,12 +18,15 @@ const (
 // frames are read side by side, the same one only once. The tables of frames are
 // those that the view was made from: what an object holds later does not matter.
 type store struct {
-	h       *History
+	open    opener
 	tables  []*segment.Frames // by number of the segment; nil where the view needs nothing of it
 	mu      sync.Mutex
 	objects cache[int32, *object]
 	frames  cache[frameKey, *frame]
 }
+
+// opener opens the bytes of a segment by its number.
+type opener func(i int32) (io.ReaderAt, io.Closer, error)
 
 type frameKey struct {
 	segment int32
@@ -79,8 +81,8 @@ func (c *cache[K, V]) drop(k K) {
 	}
 }
 
-func newStore(h *History, tables []*segment.Frames) *store {
-	return &store{h: h, tables: tables, objects: newCache[int32, *object](objectsMax), frames: newCache[frameKey, *frame](framesMax)}
+func newStore(open opener, tables []*segment.Frames) *store {
+	return &store{open: open, tables: tables, objects: newCache[int32, *object](objectsMax), frames: newCache[frameKey, *frame](framesMax)}
 }
 
 func (s *store) read(e extent, dst []byte) error {
@@ -150,7 +152,7 @@ func (s *store) take(i int32) (*object, error) {
 	s.mu.Unlock()
 	s.put(gone)
 	o.once.Do(func() {
-		o.r, o.c, o.err = s.h.vault.Payloads(context.Background(), s.h.group, s.h.refs[i])
+		o.r, o.c, o.err = s.open(i)
 	})
 	if o.err != nil {
 		s.mu.Lock()

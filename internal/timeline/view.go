@@ -46,7 +46,10 @@ func (h *History) ViewFuzzy(ctx context.Context, disk int, p stream.Position) (*
 		return nil, err
 	}
 	extents := compact(all.extents(p, []block.Range{{Len: math.MaxInt64}}))
-	return &View{h: h, disk: disk, at: p, size: h.header.Disks[disk].Size, extents: extents, store: newStore(h, needed(tables, extents))}, nil
+	open := func(i int32) (io.ReaderAt, io.Closer, error) {
+		return h.vault.Payloads(context.Background(), h.group, h.refs[i])
+	}
+	return &View{h: h, disk: disk, at: p, size: h.header.Disks[disk].Size, extents: extents, store: newStore(open, needed(tables, extents))}, nil
 }
 
 // needed leaves out the tables of segments that nothing is to be seen of any more.

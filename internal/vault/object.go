@@ -36,6 +36,9 @@ type Ref struct {
 	Size        int64  // bytes, as listed
 }
 
+// RefOf is how a segment is, or will be, called in a vault.
+func RefOf(s segment.Summary) Ref { return refOf(s) }
+
 func refOf(s segment.Summary) Ref {
 	return Ref{s.Sequence, s.First, s.Last, fmt.Sprintf("%016x-%016x-%016x.seg", s.Sequence, uint64(s.First), uint64(s.Last)), s.Size}
 }

@@ -40,8 +40,8 @@ func (c *Client) Protect(ctx context.Context, r ProtectRequest) (Group, error) {
 	return call[Group](ctx, c, "POST", "/v1/groups", r)
 }
 
-func (c *Client) Unprotect(ctx context.Context, group string, abandon bool) error {
-	_, err := call[struct{}](ctx, c, "DELETE", fmt.Sprintf("/v1/groups/%s?abandon=%t", url.PathEscape(group), abandon), nil)
+func (c *Client) Unprotect(ctx context.Context, group string, abandon, force bool) error {
+	_, err := call[struct{}](ctx, c, "DELETE", fmt.Sprintf("/v1/groups/%s?abandon=%t&force=%t", url.PathEscape(group), abandon, force), nil)
 	return err
 }
 
@@ -57,44 +57,54 @@ var _ Service = (*Client)(nil)
 
 func call[T any](ctx context.Context, c *Client, method, path string, body any) (T, error) {
 	var out T
+	resp, err := c.send(ctx, method, path, body)
+	if err != nil {
+		return out, err
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(&out); err != nil {
+		return out, fmt.Errorf("daemon at %s: %w", c.socket, err)
+	}
+	return out, nil
+}
+
+// send gives the answer to a request that was not refused; its body is to be closed.
+func (c *Client) send(ctx context.Context, method, path string, body any) (*http.Response, error) {
 	var send io.Reader
 	if body != nil {
 		b, err := json.Marshal(body)
 		if err != nil {
-			return out, err
+			return nil, err
 		}
 		send = bytes.NewReader(b)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, "http://tidemark"+path, send)
 	if err != nil {
-		return out, err
+		return nil, err
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
 		var op *net.OpError
 		if errors.Is(err, fs.ErrPermission) {
-			return out, &Error{Code: CodeRefused, Message: fmt.Sprintf("the socket %s is not for this user: %v", c.socket, fs.ErrPermission), Remedy: "Run as root.", err: err}
+			return nil, &Error{Code: CodeRefused, Message: fmt.Sprintf("the socket %s is not for this user: %v", c.socket, fs.ErrPermission), Remedy: "Run as root.", err: err}
 		}
 		if errors.As(err, &op) && op.Op == "dial" {
-			return out, &Error{Code: CodeNoDaemon, Message: fmt.Sprintf("no daemon answers at %s: %v", c.socket, op.Err),
+			return nil, &Error{Code: CodeNoDaemon, Message: fmt.Sprintf("no daemon answers at %s: %v", c.socket, op.Err),
 				Remedy: "Start one with: tidemark daemon (or name its socket with --socket or TIDEMARK_SOCKET).", err: err}
 		}
 		if ctx.Err() != nil {
-			return out, fmt.Errorf("daemon at %s: %w", c.socket, err)
+			return nil, fmt.Errorf("daemon at %s: %w", c.socket, err)
 		}
-		return out, &Error{Code: CodeNoDaemon, Message: fmt.Sprintf("the daemon at %s went away before it answered: %v", c.socket, errors.Unwrap(err)),
+		return nil, &Error{Code: CodeNoDaemon, Message: fmt.Sprintf("the daemon at %s went away before it answered: %v", c.socket, errors.Unwrap(err)),
 			Remedy: "Start it again; tidemark status tells whether it was done.", err: err}
 	}
-	defer resp.Body.Close()
 	if resp.StatusCode >= 300 {
+		defer resp.Body.Close()
 		var e struct{ Error *Error }
 		if err := json.NewDecoder(io.LimitReader(resp.Body, bodyMax)).Decode(&e); err != nil || e.Error == nil {
-			return out, fmt.Errorf("daemon at %s: HTTP status %s", c.socket, resp.Status)
+			return nil, fmt.Errorf("daemon at %s: HTTP status %s", c.socket, resp.Status)
 		}
-		return out, e.Error
+		return nil, e.Error
 	}
-	if err := json.NewDecoder(resp.Body).Decode(&out); err != nil {
-		return out, fmt.Errorf("daemon at %s: %w", c.socket, err)
-	}
-	return out, nil
+	return resp, nil
 }

@@ -21,6 +21,8 @@ const (
 	CodeInUse       Code = "in-use"
 	CodeUnreachable Code = "unreachable"
 	CodeFullCopy    Code = "full-copy" // what changed since then is not known: copy everything
+	CodeNothing     Code = "nothing"   // nothing is pending for the consumer, or not enough in time
+	CodeNotGiven    Code = "not-given" // not a batch that can be committed, or gone on from
 )
 
 // Error is a failure with its code and, where there is one, what to do about it.
@@ -66,4 +68,6 @@ var httpStatus = map[Code]int{
 	CodeInUse:       http.StatusConflict,
 	CodeUnreachable: http.StatusServiceUnavailable,
 	CodeFullCopy:    http.StatusGone,
+	CodeNothing:     http.StatusTooEarly,
+	CodeNotGiven:    http.StatusConflict,
 }

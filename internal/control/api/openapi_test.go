@@ -64,6 +64,8 @@ func TestOpenAPISchemas(t *testing.T) {
 		"Snapshot": reflect.TypeFor[Snapshot](), "SnapshotDevice": reflect.TypeFor[SnapshotDevice](), "SnapshotStorage": reflect.TypeFor[SnapshotStorage](),
 		"StorageSpec": reflect.TypeFor[StorageSpec](), "SnapshotRequest": reflect.TypeFor[SnapshotRequest](), "SnapshotEvent": reflect.TypeFor[SnapshotEvent](),
 		"Copying": reflect.TypeFor[Copying](), "CopyRequest": reflect.TypeFor[CopyRequest](), "SnapshotCopy": reflect.TypeFor[SnapshotCopy](), "CopiedDevice": reflect.TypeFor[CopiedDevice](),
+		"Consumer": reflect.TypeFor[Consumer](), "DrainRequest": reflect.TypeFor[DrainRequest](), "DrainCommit": reflect.TypeFor[DrainCommit](),
+		"DrainWait": reflect.TypeFor[DrainWait](), "DrainPending": reflect.TypeFor[DrainPending](), "DrainClear": reflect.TypeFor[DrainClear](),
 	}
 	for name := range doc.Components.Schemas {
 		if _, ok := types[name]; !ok && !slices.Contains([]string{"Error", "Changes"}, name) { // an envelope, and one with another type in it

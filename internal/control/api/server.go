@@ -23,7 +23,7 @@ type route struct {
 	handle       func(s Service, r *http.Request) (any, error)
 }
 
-var routes = slices.Concat(groupRoutes, markRoutes, deviceRoutes, changeRoutes, snapshotRoutes, copyRoutes)
+var routes = slices.Concat(groupRoutes, markRoutes, deviceRoutes, changeRoutes, snapshotRoutes, copyRoutes, drainRoutes)
 
 var groupRoutes = []route{
 	{"GET", "/v1/status", func(s Service, r *http.Request) (any, error) { return s.Status(r.Context()) }},
@@ -63,8 +63,8 @@ func postGroup(s Service, r *http.Request) (any, error) {
 }
 
 func deleteGroup(s Service, r *http.Request) (any, error) {
-	abandon := r.URL.Query().Get("abandon") == "true"
-	return struct{}{}, s.Unprotect(r.Context(), r.PathValue("name"), abandon)
+	asked := func(what string) bool { return r.URL.Query().Get(what) == "true" }
+	return struct{}{}, s.Unprotect(r.Context(), r.PathValue("name"), asked("abandon"), asked("force"))
 }
 
 func postBookmark(s Service, r *http.Request) (any, error) {
@@ -85,6 +85,12 @@ func decode(body io.Reader, into any) error {
 }
 
 func answer(w http.ResponseWriter, out any, err error) {
+	if body, ok := out.(io.ReadCloser); ok && err == nil {
+		defer body.Close()
+		w.Header().Set("Content-Type", "application/octet-stream")
+		_, _ = io.Copy(w, body) // the client is gone if it fails
+		return
+	}
 	w.Header().Set("Content-Type", "application/json")
 	if err != nil {
 		var e *Error

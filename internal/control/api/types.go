@@ -53,6 +53,7 @@ type Group struct {
 	RingUsedBytes    int64              `json:"ring_used_bytes"`
 	SpoolBytes       int64              `json:"spool_bytes"`
 	Disks            []Disk             `json:"disks"`
+	Consumers        []Consumer         `json:"consumers"`
 	Conditions       []health.Condition `json:"conditions"`
 }
 
@@ -119,9 +120,11 @@ type Service interface {
 	ChangeMaps
 	Snapshots
 	Copies
+	Drains
 	Status(ctx context.Context) (Status, error)
 	Protect(ctx context.Context, r ProtectRequest) (Group, error)
-	Unprotect(ctx context.Context, group string, abandon bool) error
+	// Unprotect is refused while a consumer has something pending, unless abandon or force.
+	Unprotect(ctx context.Context, group string, abandon, force bool) error
 	Bookmark(ctx context.Context, group string, r BookmarkRequest) (Bookmark, error)
 	VerifyLive(ctx context.Context, group string) ([]LiveDisk, error)
 }

@@ -1,0 +1,228 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"time"
+
+	"tidemark/internal/control/api"
+	"tidemark/internal/drain"
+	"tidemark/internal/health"
+	"tidemark/internal/protect"
+	"tidemark/internal/segment"
+	"tidemark/internal/stream"
+)
+
+// sealedStream is a group's stream as its consumers see it.
+type sealedStream struct{ *protect.Sealed }
+
+func (s sealedStream) Open(ctx context.Context, n uint64) (*segment.File, error) {
+	f, err := s.Sealed.Open(ctx, n)
+	if errors.Is(err, protect.ErrNotSealed) {
+		err = fmt.Errorf("%w: %w", drain.ErrNotSealed, err)
+	}
+	return f, err
+}
+
+// openConsumers finds the consumers of a group. s.mu is held, or nobody else knows of s yet.
+func (s *service) openConsumers(g *protect.Group) {
+	cfg := g.Config()
+	c := drain.Config{Dir: filepath.Join(s.env.StateDir, "groups", cfg.Name, "drain"), Group: cfg.Name, ID: cfg.ID,
+		Source: func() (drain.Source, error) {
+			sealed, err := g.Sealed()
+			return sealedStream{sealed}, err
+		}}
+	for _, d := range cfg.Disks {
+		c.Disks = append(c.Disks, drain.Disk{Name: d.Name, Size: d.Size, SectorSize: d.SectorSize})
+	}
+	consumers, err := drain.Open(c)
+	if err != nil {
+		s.health.Raise(health.Condition{Code: "consumers-unreadable", Severity: health.Error, Subject: cfg.Name,
+			Detail: "The group's consumers cannot be read, and get nothing: " + err.Error(), Remedy: "Make " + c.Dir + " readable and start the daemon again."})
+		return
+	}
+	if s.drains == nil {
+		s.drains = map[string]*drain.Group{}
+	}
+	s.drains[cfg.Name] = consumers
+}
+
+// consumers are a group's.
+func (s *service) consumers(group string) (*drain.Group, error) {
+	if _, err := s.find(group); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if d := s.drains[group]; d != nil {
+		return d, nil
+	}
+	return nil, &api.Error{Code: api.CodeUnreachable, Message: fmt.Sprintf("the consumers of group %s are not to be had now", group), Remedy: "tidemark status tells why."}
+}
+
+// closeConsumers ends a group's consumers, and whoever waits for something.
+func (s *service) closeConsumers(group string) {
+	s.mu.Lock()
+	d := s.drains[group]
+	delete(s.drains, group)
+	s.mu.Unlock()
+	if d != nil {
+		d.Close()
+	}
+}
+
+func (s *service) closeAllConsumers() {
+	for _, g := range s.list() {
+		s.closeConsumers(g.Config().Name)
+	}
+}
+
+// body is a batch on its way to who asked for it.
+type body struct {
+	io.Reader
+	done func()
+}
+
+func (b body) Close() error {
+	b.done()
+	return nil
+}
+
+// batchesMax bounds the batches that are made or on their way at once.
+const batchesMax = 8
+
+func (s *service) DrainNext(ctx context.Context, group, consumer string, r api.DrainRequest) (io.ReadCloser, error) {
+	d, err := s.consumers(group)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case s.batches <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	done := func() { <-s.batches }
+	b, err := s.nextBatch(ctx, d, group, consumer, r)
+	if err != nil {
+		done()
+		return nil, coded(err)
+	}
+	var parts []io.Reader
+	for _, p := range b.Parts() {
+		parts = append(parts, bytes.NewReader(p))
+	}
+	return body{io.MultiReader(parts...), done}, nil
+}
+
+func (s *service) nextBatch(ctx context.Context, d *drain.Group, group, consumer string, r api.DrainRequest) (*drain.Batch, error) {
+	o := drain.Options{Disk: r.Disk, BatchBytes: r.BatchBytes, Ranges: r.Ranges}
+	if !d.Has(consumer) && r.From != "" && r.From != "empty" {
+		var err error
+		if o.From, err = s.startAt(ctx, group, r.From); err != nil {
+			return nil, err
+		}
+	}
+	if err := d.Make(ctx, consumer, o); err != nil {
+		return nil, err
+	}
+	return d.Next(ctx, consumer, r.After)
+}
+
+// startAt finds the point that a consumer's copy is.
+func (s *service) startAt(ctx context.Context, group, point string) (drain.Start, error) {
+	spec, err := stream.ParseSpec(point)
+	if err != nil {
+		return drain.Start{}, err
+	}
+	g, err := s.find(group)
+	if err != nil {
+		return drain.Start{}, err
+	}
+	sealed, err := g.Sealed()
+	if err != nil {
+		return drain.Start{}, err
+	}
+	p, sequence, err := sealed.Point(ctx, spec)
+	return drain.Start{Position: p.Position, Time: p.Time.UnixNano(), Sequence: sequence}, err
+}
+
+func (s *service) DrainCommit(ctx context.Context, group, consumer string, r api.DrainCommit) error {
+	d, err := s.consumers(group)
+	if err == nil {
+		err = d.Commit(ctx, consumer, r.Number)
+	}
+	return coded(err)
+}
+
+func (s *service) DrainWait(ctx context.Context, group, consumer string, r api.DrainWait) (api.DrainPending, error) {
+	d, err := s.consumers(group)
+	if err != nil {
+		return api.DrainPending{}, err
+	}
+	patience := time.Duration(r.TimeoutMillis) * time.Millisecond
+	if r.TimeoutMillis < 0 || r.TimeoutMillis > api.WaitMax.Milliseconds() || r.Bytes < 0 || r.Bytes > drain.WaitBytesMax {
+		return api.DrainPending{}, &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("a wait of %s for %d bytes: want at most %s and %d bytes", patience, r.Bytes, api.WaitMax, int64(drain.WaitBytesMax))}
+	}
+	limited, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	p, woken, err := d.Wait(limited, consumer, r.After, r.Bytes)
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		return api.DrainPending{}, api.Wrap(api.CodeNothing, fmt.Errorf("group %s, consumer %s: not so much was pending within %s", group, consumer, patience), "")
+	}
+	return api.DrainPending{Batches: p.Batches, Bytes: p.Bytes, Bookmark: p.Bookmark, Woken: woken}, coded(err)
+}
+
+func (s *service) DrainClear(_ context.Context, group, consumer string, r api.DrainClear) error {
+	d, err := s.consumers(group)
+	if err == nil {
+		err = d.Clear(consumer, r.Skip)
+	}
+	return coded(err)
+}
+
+func (s *service) DrainWake(_ context.Context, group string) error {
+	d, err := s.consumers(group)
+	if err == nil {
+		d.Wake()
+	}
+	return err
+}
+
+func (s *service) Consumers(_ context.Context, group string) ([]api.Consumer, error) {
+	if _, err := s.find(group); err != nil {
+		return nil, err
+	}
+	return s.consumersOf(group), nil
+}
+
+// consumersOf is what status says of a group's consumers.
+func (s *service) consumersOf(group string) []api.Consumer {
+	s.mu.Lock()
+	d := s.drains[group]
+	s.mu.Unlock()
+	out := []api.Consumer{}
+	if d == nil {
+		return out
+	}
+	for _, c := range d.List() {
+		a := api.Consumer{Name: c.Name, Disk: c.Disk, BatchBytes: c.BatchBytes, Ranges: c.Ranges, Committed: c.Committed, Outstanding: c.Outstanding,
+			Position: c.Position, NeedsFill: c.Filling, Cleared: c.Cleared, Behind: c.Behind, LagSeconds: c.Lag.Seconds()}
+		if c.Err != nil {
+			a.Error = c.Err.Error()
+		}
+		out = append(out, a)
+	}
+	return out
+}
+
+func (s *service) RemoveConsumer(ctx context.Context, group, consumer string, force bool) error {
+	d, err := s.consumers(group)
+	if err == nil {
+		err = d.Remove(ctx, consumer, force)
+	}
+	return coded(err)
+}

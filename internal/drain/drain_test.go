@@ -1,0 +1,197 @@
+package drain
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+
+	"tidemark/internal/segment"
+	"tidemark/internal/sim"
+)
+
+// newReplica is a consumer of a story of which nothing is revealed yet.
+func newReplica(t *testing.T, seed uint64, o Options) *replica {
+	s := tell(seed, 150)
+	c := &replica{t: t, s: s, r: rand.New(rand.NewPCG(seed, 5)), in: reveal(s, 0), fs: sim.New(seed), name: "c", disk: allDisks, got: map[uint64][]byte{}, copy: nothing()}
+	c.begin(o)
+	t.Cleanup(func() { c.g.Close() })
+	return c
+}
+
+// TestWrongCommits: a commit of what was not given is refused, names both
+// numbers, and changes nothing; one that is repeated is none.
+func TestWrongCommits(t *testing.T) {
+	c := newReplica(t, 1, Options{})
+	c.in.more(1000)
+	for n := range uint64(3) {
+		if _, err := c.take(n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.commit(1); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []uint64{0, 4, 5, 1 << 63} {
+		err := c.g.Commit(t.Context(), "c", n)
+		var wrong *CommitError
+		if !errors.As(err, &wrong) || wrong.Committed != 1 || wrong.Given != 3 || !strings.Contains(err.Error(), fmt.Sprint("batch ", n)) || !strings.Contains(err.Error(), "batches 2 to 3") {
+			t.Errorf("commit of %d: %v", n, err)
+		}
+	}
+	if err := c.commit(1); err != nil {
+		t.Errorf("the same commit again: %v", err)
+	}
+	if err := c.commit(3); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.g.Commit(t.Context(), "c", 2); !errors.Is(err, ErrCommit) {
+		t.Errorf("commit of one before: %v", err)
+	}
+	if _, err := c.g.Next(t.Context(), "c", 9); !errors.Is(err, ErrCommit) {
+		t.Errorf("next behind one that was not given: %v", err)
+	}
+}
+
+// TestDamagedSegment: it is named, and nothing of it or behind it is given; what
+// is before it is.
+func TestDamagedSegment(t *testing.T) {
+	c := newReplica(t, 2, Options{})
+	c.in.more(1000)
+	whole := 0
+	for {
+		more, err := c.take(0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !more {
+			break
+		}
+		whole++
+		if c.right && c.g.consumers["c"].saved.stage == records && whole > 3 {
+			break
+		}
+		if err := c.commit(c.acked + 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The first segment from here on with payload enough to be damaged in it.
+	st := c.g.consumers["c"].saved
+	for n := st.place.Sequence + 1; ; n++ {
+		if n > uint64(len(c.s.segments)) {
+			t.Fatal("no such segment in this story")
+		}
+		if len(c.s.segments[n-1]) > 4<<10 {
+			c.in.damaged = n
+			break
+		}
+	}
+	if err := c.restart(false); err != nil {
+		t.Fatal(err)
+	}
+	for range 1000 {
+		more, err := c.take(0)
+		if err != nil {
+			if !errors.Is(err, segment.ErrDamaged) || !strings.Contains(err.Error(), fmt.Sprintf("segment %d", c.in.damaged)) || !strings.Contains(err.Error(), "consumer c") {
+				t.Fatalf("it says %v", err)
+			}
+			return
+		}
+		if !more {
+			t.Fatalf("segment %d is damaged, and nobody noticed", c.in.damaged)
+		}
+		if err := c.commit(c.acked + 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestWait: it ends when there is enough, when it is woken, when the consumers
+// are closed, and with its context.
+func TestWait(t *testing.T) {
+	c := newReplica(t, 4, Options{})
+	type result struct {
+		p     Pending
+		woken bool
+		err   error
+	}
+	wait := func(ctx context.Context, bytes int64) chan result {
+		out := make(chan result, 1)
+		go func() {
+			p, woken, err := c.g.Wait(ctx, "c", 0, bytes)
+			out <- result{p, woken, err}
+		}()
+		return out
+	}
+	short, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if r := <-wait(short, 0); !errors.Is(r.err, context.DeadlineExceeded) {
+		t.Errorf("nothing is pending: %+v", r)
+	}
+	some := wait(t.Context(), 0)
+	for { // as segments are sealed
+		select {
+		case r := <-some:
+			if r.err != nil || r.p.Batches == 0 {
+				t.Fatalf("%+v", r)
+			}
+		default:
+			c.in.more(1)
+			continue
+		}
+		break
+	}
+	forever := wait(t.Context(), 1<<40)
+	again := wait(t.Context(), 1<<40)
+	for done := false; !done; {
+		select {
+		case r := <-forever:
+			if r.err != nil || !r.woken && !r.p.Bookmark {
+				t.Errorf("woken: %+v", r)
+			}
+			done = true
+		default:
+			c.g.Wake() // it may not wait yet
+		}
+	}
+	c.g.Close()
+	if r := <-again; !errors.Is(r.err, ErrStopped) && !r.woken && !r.p.Bookmark {
+		t.Errorf("closed: %+v", r)
+	}
+	if err := c.open(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestOptions: what a consumer cannot be is refused, and what it was made with stays.
+func TestOptions(t *testing.T) {
+	c := newReplica(t, 5, Options{Disk: "b"})
+	for name, o := range map[string]Options{"new": {Disk: "z"}, "small": {BatchBytes: 1}, "large": {BatchBytes: BatchMax + 1}} {
+		if err := c.g.Make(t.Context(), name, o); !errors.Is(err, ErrOptions) {
+			t.Errorf("%+v: %v", o, err)
+		}
+	}
+	for _, name := range []string{"", ".", "../x", "a/b", strings.Repeat("x", 65)} {
+		if err := c.g.Make(t.Context(), name, Options{}); !errors.Is(err, ErrName) {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+	if err := c.g.Make(t.Context(), "c", Options{Disk: "a"}); !errors.Is(err, ErrExists) {
+		t.Errorf("of another disk: %v", err)
+	}
+	if err := c.g.Make(t.Context(), "c", Options{}); err != nil {
+		t.Errorf("without options: %v", err)
+	}
+	if _, err := c.g.Next(t.Context(), "none", 0); !errors.Is(err, ErrNoConsumer) {
+		t.Errorf("%v", err)
+	}
+	if list := c.g.List(); len(list) != 1 || list[0].Disk != "b" {
+		t.Errorf("listed as %+v", list)
+	}
+	if err := c.g.Remove(t.Context(), "c", false); !errors.Is(err, ErrPending) {
+		t.Errorf("removed while it waits for its first fill: %v", err)
+	}
+}

@@ -1,0 +1,297 @@
+package drain
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"testing"
+
+	"tidemark/internal/batch"
+	"tidemark/internal/block"
+	"tidemark/internal/sim"
+	"tidemark/internal/stream"
+)
+
+func seeds(n uint64) uint64 {
+	if s, err := strconv.ParseUint(os.Getenv("TIDEMARK_SEEDS"), 10, 64); err == nil {
+		return s
+	}
+	return n
+}
+
+// replica is a consumer with its copy, which outlives every crash.
+type replica struct {
+	t       *testing.T
+	s       *story
+	in      *revealed
+	g       *Group
+	fs      *sim.FS
+	r       *rand.Rand
+	name    string
+	disk    int // allDisks: both
+	copy    [2][]byte
+	got     map[uint64][]byte // every batch ever given, by number
+	applied uint64            // newest batch in the copy
+	acked   uint64            // newest batch whose commit returned success
+	tried   uint64            // newest batch whose commit was tried
+	reached stream.Position   // the copy is right at it
+	right   bool              // with what is applied it is
+	marks   []stream.Position
+	first   stream.Position // end of the first fill
+	cleared bool            // the next batch is the first behind a clear
+	dropped bool            // some clear dropped bookmarks
+}
+
+func (c *replica) open() error {
+	disks := []Disk{{Name: "a", Size: testSizes[0], SectorSize: 512}, {Name: "b", Size: testSizes[1], SectorSize: 512}}
+	g, err := Open(Config{FS: c.fs, Dir: "/state/drain", Group: "g", ID: testGroup, Disks: disks, Source: func() (Source, error) { return c.in, nil }})
+	c.g = g
+	return err
+}
+
+// begin makes the consumer, with batches smaller than users may have them.
+func (c *replica) begin(o Options) {
+	if err := errors.Join(c.fs.MkdirAll("/state", 0o700), c.fs.SyncDir("/"), c.open(), c.g.Make(c.t.Context(), c.name, o)); err != nil {
+		c.t.Fatal(err)
+	}
+	k := c.g.consumers[c.name]
+	k.saved.most = 512 * (1 + c.r.Int64N(60))
+	if err := k.file.save(&k.saved); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// take asks for a batch and checks it against all that was ever given.
+func (c *replica) take(after uint64) (bool, error) {
+	e, err := c.g.Next(c.t.Context(), c.name, after)
+	if errors.Is(err, ErrNothing) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	var raw bytes.Buffer
+	if _, err := e.WriteTo(&raw); err != nil {
+		return false, err
+	}
+	b, err := batch.Read(bytes.NewReader(raw.Bytes()))
+	if err != nil {
+		return false, err
+	}
+	if had, ok := c.got[b.Number]; ok && !bytes.Equal(had, raw.Bytes()) {
+		return false, fmt.Errorf("batch %d is another one than before", b.Number)
+	}
+	c.got[b.Number] = raw.Bytes()
+	if after != 0 && b.Number != after+1 {
+		return false, fmt.Errorf("batch %d behind %d", b.Number, after)
+	}
+	return true, c.apply(b)
+}
+
+func (c *replica) apply(b *batch.Batch) error {
+	if b.Number > c.applied+1 && !c.cleared {
+		return fmt.Errorf("batch %d follows %d", b.Number, c.applied)
+	}
+	if b.Number <= c.applied { // as who has crashed: what came behind it is applied once more too
+		for n := b.Number; n <= c.applied; n++ {
+			if again, err := batch.Read(bytes.NewReader(c.got[n])); err != nil {
+				return err
+			} else if err := c.put(again); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	c.applied, c.cleared = b.Number, false
+	if err := c.put(b); err != nil {
+		return err
+	}
+	return c.check(b)
+}
+
+// put puts a batch's content into the copy.
+func (c *replica) put(b *batch.Batch) error {
+	for _, r := range b.Records {
+		if c.disk != allDisks && r.Disk != c.disk {
+			return fmt.Errorf("batch %d has a record of disk %d", b.Number, r.Disk)
+		}
+		dst := c.copy[r.Disk][r.Range.Off:r.Range.End()]
+		switch r.Op {
+		case block.OpWrite:
+			copy(dst, r.Payload)
+		case block.OpZeroes:
+			clear(dst)
+		case block.OpDiscard:
+			for i := range dst {
+				dst[i] = undefined
+			}
+		}
+	}
+	return nil
+}
+
+// check holds the copy against the stream.
+func (c *replica) check(b *batch.Batch) error {
+	if b.Kind == batch.Bookmark {
+		c.marks = append(c.marks, b.To)
+	}
+	if b.From < c.reached && c.right {
+		return fmt.Errorf("batch %d from %d, and the copy is at %d", b.Number, b.From, c.reached)
+	}
+	if c.right = b.Consistent; !c.right {
+		return nil
+	}
+	if c.reached == 0 {
+		c.first = b.To
+	}
+	c.reached = b.To
+	want := c.s.at(b.To)
+	for d := range want {
+		if (c.disk == allDisks || c.disk == d) && !bytes.Equal(want[d], c.copy[d]) {
+			for i := range want[d] {
+				if want[d][i] != c.copy[d][i] {
+					return fmt.Errorf("batch %d (%s, from %d to %d): disk %d differs at byte %d: has %#x, want %#x", b.Number, b.Kind, b.From, b.To, d, i, c.copy[d][i], want[d][i])
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func (c *replica) commit(n uint64) error {
+	c.tried = max(c.tried, n)
+	err := c.g.Commit(c.t.Context(), c.name, n)
+	if err == nil {
+		c.acked = max(c.acked, n)
+	}
+	return err
+}
+
+// restart is a kill -9 of the daemon or, with power, of the machine.
+func (c *replica) restart(power bool) error {
+	c.g.Close()
+	if power {
+		c.fs = c.fs.Crash()
+	}
+	if err := c.open(); err != nil {
+		return err
+	}
+	k := c.g.consumers[c.name]
+	if k == nil {
+		return fmt.Errorf("the consumer is gone: %v", c.g.damaged[c.name])
+	}
+	if n := k.saved.number; n < c.acked || n > c.tried {
+		return fmt.Errorf("%d batches are committed; %d were acknowledged and %d tried", n, c.acked, c.tried)
+	}
+	c.acked = k.saved.number
+	return nil
+}
+
+// TestReplicas: whatever the history, the cuts into segments and batches, and
+// what is killed when, each consistent batch leaves the copy as the stream says,
+// a batch given again is the same one, and no bookmark is lost or comes twice.
+func TestReplicas(t *testing.T) {
+	for seed := range seeds(60) {
+		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+			r := rand.New(rand.NewPCG(seed, 5))
+			s := tell(seed, 150)
+			c := &replica{t: t, s: s, r: r, in: reveal(s, r.IntN(3)), fs: sim.New(seed), name: "c", disk: allDisks, got: map[uint64][]byte{}, copy: nothing()}
+			o := Options{Ranges: r.IntN(4) == 0}
+			if r.IntN(3) == 0 {
+				c.disk = r.IntN(2)
+				o.Disk = string(rune('a' + c.disk))
+			}
+			c.begin(o)
+			for c.in.n < len(s.segments) {
+				if err := c.act(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for {
+				more, err := c.take(0)
+				if err == nil && more {
+					err = c.commit(c.acked + 1)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !more {
+					break
+				}
+			}
+			if !c.right {
+				t.Error("the copy is not right at the end")
+			}
+			if want := slices.DeleteFunc(slices.Clone(s.marks), func(p stream.Position) bool { return p <= c.first }); !c.dropped && !slices.Equal(want, c.marks) {
+				t.Errorf("bookmarks at %v, want %v", c.marks, want)
+			}
+			c.g.Close()
+			if c.in.opened != 0 {
+				t.Errorf("%d segments are still open", c.in.opened)
+			}
+		})
+	}
+}
+
+// clear drops what is pending, after which nothing of it can be committed.
+func (c *replica) clear() error {
+	if c.in.n == 0 {
+		return nil
+	}
+	given := c.applied
+	if err := c.g.Clear(c.name, false); err != nil {
+		return err
+	}
+	if err := c.g.Commit(c.t.Context(), c.name, given); given > 0 && !errors.Is(err, ErrCommit) {
+		return fmt.Errorf("commit of batch %d, which was cleared: %v", given, err)
+	}
+	c.acked = c.g.consumers[c.name].saved.number
+	c.tried, c.applied = c.acked, c.acked
+	c.cleared, c.dropped, c.right = true, true, false
+	clear(c.got)
+	return nil
+}
+
+func (c *replica) act() error {
+	switch k := c.r.IntN(40); {
+	case k < 8:
+		c.in.more(1 + c.r.IntN(3))
+	case k < 20:
+		_, err := c.take(0)
+		return err
+	case k < 28:
+		if c.applied > c.acked {
+			_, err := c.take(c.acked + 1 + c.r.Uint64N(c.applied-c.acked))
+			var wrong *CommitError
+			if errors.As(err, &wrong) { // only after a power cut: it is not known any more that it was given
+				return nil
+			}
+			return err
+		}
+	case k < 36:
+		if c.applied > c.acked {
+			n := c.acked + 1 + c.r.Uint64N(c.applied-c.acked)
+			err := c.commit(n)
+			var wrong *CommitError
+			if errors.As(err, &wrong) {
+				return nil
+			}
+			return err
+		}
+	case k == 36:
+		return c.restart(false)
+	case k == 37:
+		return c.restart(true)
+	case k == 39 && c.r.IntN(3) == 0:
+		return c.clear()
+	case k == 38:
+		if err := c.g.Commit(c.t.Context(), c.name, c.applied+1); !errors.Is(err, ErrCommit) {
+			return fmt.Errorf("commit of batch %d, which was never given: %v", c.applied+1, err)
+		}
+	}
+	return nil
+}
