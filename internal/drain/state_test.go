@@ -3,7 +3,6 @@ package drain
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"os"
 	"reflect"
 	"strings"
@@ -159,7 +158,7 @@ func FuzzState(f *testing.F) {
 		}
 		again, turnAgain, ok := decode(v.encode(turn))
 		if !ok || turnAgain != turn || !reflect.DeepEqual(v, again) {
-			t.Error(fmt.Sprintf("%+v became %+v", v, again))
+			t.Errorf("%+v became %+v", v, again)
 		}
 		decodeNote(append(b, make([]byte, noteSize)...)[:noteSize])
 	})
