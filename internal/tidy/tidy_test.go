@@ -100,7 +100,7 @@ var layer = map[string][]string{
 	"internal/testkit":         {"internal/block", "internal/loop"},
 	"internal/testkit/program": {"internal/testkit"},
 	"test/bench":               {"internal/..."},
-	"test/live":                {"internal/..."},
+	"test/live":                {"client", "internal/..."},
 	"internal/tidy":            {},
 	"test/vm":                  {"internal/..."},
 	"test/vm/guest":            {"internal/..."},
