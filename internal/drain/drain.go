@@ -10,6 +10,9 @@
 // the stage records it gets what follows there: writes in order, and each
 // bookmark alone; after each batch the copy is right at the batch's end.
 //
+// A prepared mark holds up what follows it until its verdict is sealed; it is
+// handed out as a bookmark then, or passed over.
+//
 // The stream's gaps, fills and settled marks are not handed out. Fills carry
 // ranks: applied in the order of the stream they would overwrite newer writes.
 // A consumer that meets a gap (or a fill that its copy lacks) waits in the stage

@@ -26,6 +26,7 @@ type maker struct {
 	window  *timeline.Window
 	of      windowKey
 	look    look
+	verdict verdict
 }
 
 type windowKey struct {
@@ -67,7 +68,15 @@ func (m *maker) next(ctx context.Context, from *state) (*made, error) {
 			case write:
 				return m.writes(f, st)
 			case mark:
-				return m.mark(&e, st), nil
+				isMark, err := m.committed(ctx, f, &e, st.place)
+				if err != nil {
+					return nil, err
+				}
+				if isMark {
+					return m.mark(&e, st), nil
+				}
+				st.pass(&e)
+				continue
 			}
 			return m.fill(ctx, st.fillFrom(st.place.Sequence))
 		}
@@ -81,7 +90,7 @@ type class uint8
 const (
 	pass    class = iota // nothing, or known
 	write                // to be handed out
-	mark                 // to be handed out alone
+	mark                 // to be handed out alone; a prepared one holds up what follows until its verdict
 	unknown              // the copy cannot follow record by record from here
 )
 
@@ -91,7 +100,7 @@ func classify(e *segment.Entry, st *state) class {
 		if st.disk == allDisks || st.disk == e.Disk {
 			return write
 		}
-	case stream.KindBookmark:
+	case stream.KindBookmark, stream.KindPrepared:
 		return mark
 	case stream.KindGap:
 		return unknown
@@ -164,6 +173,48 @@ func (m *maker) walk(f *segment.File, from int, one func(*segment.Entry, []byte)
 	return nil
 }
 
+// committed says whether a mark is a bookmark: a prepared one is once its verdict
+// says so. ErrNothing: it has none yet.
+func (m *maker) committed(ctx context.Context, f *segment.File, e *segment.Entry, at place) (bool, error) {
+	if e.Kind == stream.KindBookmark {
+		return true, nil
+	}
+	if m.verdict.of != e.Position {
+		m.verdict = verdict{of: e.Position, next: at.Sequence}
+	}
+	for v := &m.verdict; !v.found; v.next++ {
+		g := f
+		if v.next != at.Sequence {
+			var err error
+			if g, err = m.fetch(ctx, v.next); errors.Is(err, ErrNotSealed) {
+				return false, fmt.Errorf("%w: bookmark %q is prepared, and waits for its verdict", ErrNothing, e.Name)
+			} else if err != nil {
+				return false, err
+			}
+		}
+		v.look(g)
+		if g != f {
+			g.Close() // it was only read
+		}
+	}
+	return m.verdict.commit, nil
+}
+
+// verdict is how far the search for one has come.
+type verdict struct {
+	of            stream.Position // the prepared mark's
+	next          uint64          // segment to look at next
+	found, commit bool
+}
+
+func (v *verdict) look(f *segment.File) {
+	for i := range f.Len() {
+		if e := f.Entry(i); e.Kind == stream.KindVerdict && e.Position == v.of {
+			v.found, v.commit = true, e.Commit
+		}
+	}
+}
+
 // mark is a bookmark's batch.
 func (m *maker) mark(e *segment.Entry, st state) *made {
 	out := &made{header: m.header(batch.Bookmark, &st)}
@@ -225,7 +276,7 @@ func (m *maker) dropSegment() {
 func (m *maker) drop() {
 	m.dropSegment()
 	m.dropWindow()
-	m.look = look{}
+	m.look, m.verdict = look{}, verdict{}
 }
 
 func (m *maker) dropWindow() {

@@ -37,6 +37,8 @@ type story struct {
 	stretches [][2]stream.Position
 	marks     []stream.Position // bookmarks that a consumer must see: behind a settled mark, before the next gap
 
+	prepared []stream.Position // without a verdict
+
 	builder  *segment.Builder
 	segments [][]byte
 	previous segment.Summary
@@ -59,12 +61,37 @@ func tell(seed uint64, n int) *story {
 		case k < 5:
 			s.bookmark()
 			s.marks = append(s.marks, s.pos)
+		case k == 5:
+			s.pos++
+			s.add(stream.Record{Kind: stream.KindPrepared, Position: s.pos, Name: fmt.Sprint("mark", s.pos)})
+			s.prepared = append(s.prepared, s.pos)
+		case k == 6:
+			s.decide()
 		default:
 			s.write()
 		}
 	}
+	for len(s.prepared) > 0 {
+		s.decide()
+	}
 	s.seal()
 	return s
+}
+
+// decide gives a prepared mark its verdict.
+func (s *story) decide() {
+	if len(s.prepared) == 0 {
+		return
+	}
+	i := s.r.IntN(len(s.prepared))
+	p := s.prepared[i]
+	s.prepared = slices.Delete(s.prepared, i, i+1)
+	commit := s.r.IntN(2) == 0
+	if commit {
+		at, _ := slices.BinarySearch(s.marks, p)
+		s.marks = slices.Insert(s.marks, at, p)
+	}
+	s.add(stream.Record{Kind: stream.KindVerdict, Position: p, Commit: commit})
 }
 
 func (s *story) payload(n int64) []byte {

@@ -28,6 +28,7 @@ type Span struct {
 // Known has it as it was at At when he applies the window's runs, in any order.
 // It may be used concurrently; Close it.
 type Window struct {
+	first   uint64 // sequence of the segment that extents number 0
 	extents []extent
 	store   *store
 }
@@ -67,7 +68,7 @@ func OpenWindow(ctx context.Context, in Opener, disk int, s Span) (*Window, erro
 		}
 		return f.Bytes(), f.Closer, nil
 	}
-	return &Window{extents: extents, store: newStore(open, needed(tables, extents))}, nil
+	return &Window{first: first, extents: extents, store: newStore(open, needed(tables, extents))}, nil
 }
 
 // collect reads what the span's segments say of a disk. narrow: something in it
@@ -168,7 +169,7 @@ func (w *Window) Read(r block.Range, dst []byte) error {
 	for i := search(w.extents, r.Off); i < len(w.extents) && w.extents[i].off < r.End(); i++ {
 		e := cut(w.extents[i], r.Off, r.End())
 		if err := w.store.read(e, dst[e.off-r.Off:][:e.len]); err != nil {
-			return fmt.Errorf("bytes %s: %w", r, err)
+			return fmt.Errorf("bytes %d+%d in segment %d: %w", e.off, e.len, w.first+uint64(e.segment), err)
 		}
 	}
 	return nil
