@@ -55,7 +55,7 @@ func copyTo(node string, at int64, r io.Reader) (err error) {
 		io.WriterAt
 		io.Closer
 	}
-	flush := func() error { return nil }
+	var flush func() error
 	if strings.Contains(node, "://") {
 		c, err := nbd.Dial(node, clientWait)
 		if err != nil {

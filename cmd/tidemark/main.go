@@ -54,7 +54,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		err = interruption(err)
 	}
 	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 && !strings.Contains(err.Error(), "Run as root") {
-		err = fmt.Errorf("%w\n  Run as root.", err)
+		err = fmt.Errorf("%w%s", err, "\n  Run as root.")
 	}
 	if slices.Contains(args, "--json") {
 		_ = json.NewEncoder(stderr).Encode(map[string]any{"message_type": "exit_error", "code": code, "message": err.Error()})

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -85,6 +86,33 @@ func oneGuard(t *testing.T) string {
 		return nil
 	})
 	return pids[0]
+}
+
+// needsNoDisk: all of a guard is in memory and stays there, it has no file open, and
+// what ends the daemon with all that is its own does not end it.
+func needsNoDisk(t *testing.T, d *program.Daemon, pid string) {
+	t.Helper()
+	status, err := os.ReadFile("/proc/" + pid + "/status")
+	if err != nil || !strings.Contains(string(status), "VmLck:") || strings.Contains(string(status), "VmLck:\t       0 kB") {
+		t.Errorf("the guard's memory is not locked: %s (%v)", status, err)
+	}
+	open, _ := filepath.Glob("/proc/" + pid + "/fd/*")
+	for _, fd := range open {
+		if to, _ := os.Readlink(fd); strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "/dev/") && !strings.HasPrefix(to, "/run/") {
+			t.Errorf("the guard has %s open", to)
+		}
+	}
+	sessions := map[string]bool{}
+	for _, of := range []string{pid, strconv.Itoa(d.PID())} {
+		stat, _ := os.ReadFile("/proc/" + of + "/stat")
+		_, fields, _ := strings.Cut(string(stat), ") ")
+		if f := strings.Fields(fields); len(f) > 3 {
+			sessions[f[3]] = true
+		}
+	}
+	if len(sessions) != 2 {
+		t.Errorf("sessions of the guard and the daemon: %v", sessions)
+	}
 }
 
 func noGuard(t *testing.T) {
@@ -204,6 +232,7 @@ func TestGivenBack(t *testing.T) {
 	d.Run("device", "splice", v.dev, "--name", "data", "--give-back", "2s")
 	before := generation(t, d)
 	first := oneGuard(t)
+	needsNoDisk(t, d, first)
 
 	// A daemon that is back in time keeps the volume; its guard is a new one.
 	d.Kill()
