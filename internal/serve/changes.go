@@ -26,16 +26,21 @@ func (s *Server) changesFile(name string) string {
 }
 
 // openChanges begins or goes on with a device's change map. state is what
-// backingState said before the backing was opened.
-func (s *Server) openChanges(spec Spec, state backingState, st *stack.Stack) (*cbt.Map, error) {
-	m, why, err := cbt.Open(vfs.OS{}, s.changesFile(spec.Name), state.continues, st.Size())
+// backingState said before the backing was opened. foreign: since this process's
+// predecessor ended in order somebody else has written to the backing.
+func (s *Server) openChanges(spec Spec, state backingState, st *stack.Stack) (m *cbt.Map, foreign bool, err error) {
+	fits := func(was string) bool {
+		foreign = !state.continues(was)
+		return !foreign
+	}
+	m, why, err := cbt.Open(vfs.OS{}, s.changesFile(spec.Name), fits, st.Size())
 	if err != nil {
-		return nil, fmt.Errorf("the change map of %s: %w", spec.Name, err)
+		return nil, false, fmt.Errorf("the change map of %s: %w", spec.Name, err)
 	}
 	if why != "" {
 		s.env.Log.Info("a change map begins anew", "device", spec.Name, "generation", m.Writing().Generation.String(), "why", why)
 	}
-	return m, nil
+	return m, foreign, nil
 }
 
 // saveChanges keeps the map for the next process; nothing is written any more.

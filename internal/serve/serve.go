@@ -270,7 +270,7 @@ func (s *Server) lay(d *Device) error {
 	}
 	s.captureLaid(d.spec.Name, st) // the lowest first
 	part := snapshot.Device{Name: d.spec.Name}
-	if part.Changes, err = s.openChanges(d.spec, state, st); err == nil {
+	if part.Changes, part.Foreign, err = s.openChanges(d.spec, state, st); err == nil {
 		for _, f := range usual(&part) {
 			if err == nil {
 				_, err = st.Attach(f.name, f.altitude, f.driver)

@@ -87,6 +87,43 @@ func TestSnapshot(t *testing.T) {
 	}
 }
 
+// TestWrittenBehindSnapshot: a snapshot goes on over a clean restart; not where somebody
+// wrote to the backing meanwhile, of which its image kept nothing: that is said, and
+// the image answers with errors, not with a mixture.
+func TestWrittenBehindSnapshot(t *testing.T) {
+	for _, foreign := range []bool{false, true} {
+		env := newEnv(t)
+		s := open(t, env)
+		path := imageFile(t, mib)
+		create(t, s, Spec{Name: "data", Backing: path, Front: FrontNBDServer})
+		info, id := snapshotOf(t, s, snapshot.Request{Devices: []string{"data"}, Storage: []snapshot.Storage{{Path: filepath.Join(t.TempDir(), "diff"), Limit: 4 * mib}}})
+		if err := errors.Join(s.TakeSnapshot(t.Context(), id), s.Stop(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		if foreign {
+			f, err := os.OpenFile(path, os.O_WRONLY, 0)
+			if err == nil {
+				_, err = f.WriteAt([]byte("x"), 512)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.Close()
+		}
+		s = open(t, env)
+		images, err := s.set.Images(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := images[0].Image.Err(); errors.Is(err, diff.ErrSpoiled) != foreign {
+			t.Errorf("written to meanwhile: %v, and the image %s says %v", foreign, info.ID, err)
+		}
+		if err := s.DestroySnapshot(t.Context(), id); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestSnapshotOverflow: storage that is full spoils the snapshot and is told of;
 // the device's writes go on.
 func TestSnapshotOverflow(t *testing.T) {

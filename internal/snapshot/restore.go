@@ -265,6 +265,9 @@ func (s *Snapshot) begin(found map[diff.Key]diff.Found, sealed []*diff.Buffer) e
 		m := cow.Restore(dev.Cow, s.image(i), d.Size, found, sealed)
 		s.images = append(s.images, m)
 		dev.Cow.Begin(m)
+		if dev.Foreign {
+			m.Spoil(errors.New("what is behind the device was written to while nobody served it"))
+		}
 	}
 	return nil
 }

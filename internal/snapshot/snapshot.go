@@ -46,6 +46,8 @@ type Device struct {
 	Barrier *barrier.Filter
 	Cow     *cow.Filter
 	Changes *cbt.Map // nil: changes are not tracked
+	// Foreign: after a stop in order somebody else wrote to what is behind it.
+	Foreign bool
 }
 
 // Place says what a path of difference storage is.

@@ -165,7 +165,7 @@ func TestReadOnly(t *testing.T) {
 }
 
 func TestWhereToListen(t *testing.T) {
-	for _, uri := range []string{"nbd://0.0.0.0:1/x", "nbd://example.com/x", "http://127.0.0.1/", "nbd+unix:///x", "nbds://127.0.0.1/", "::",
+	for _, uri := range []string{"nbd://0.0.0.0:1/x", "nbd://[::]:1/x", "nbd://192.0.2.1:1/x", "nbd://[2001:db8::1]:1/x", "nbd://example.com/x", "http://127.0.0.1/", "nbd+unix:///x", "nbds://127.0.0.1/", "::",
 		"nbd://127.0.0.1/?tls-certificates=/tmp", "nbd://127.0.0.1/?socket=/tmp/s", "nbd+unix:///x?socket=s&tls-hostname=y",
 		"nbd://127.0.0.1:65536/", "nbd+unix:///?socket=/tmp/" + strings.Repeat("x", 103)} {
 		if l, err := Listen(uri); !errors.Is(err, ErrURI) {
