@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	abi "tidemark/internal/abi/blksnap"
+	"tidemark/internal/backing"
 	"tidemark/internal/block"
 	"tidemark/internal/cbt"
 	"tidemark/internal/control/blksnap"
@@ -217,7 +218,13 @@ func (b *blksnapSystem) Append(id abi.ID, dev abi.Dev, ranges []block.Range) err
 			return fmt.Errorf("%v: %w: whole pages of %d bytes", r, blksnap.ErrRange, diff.Align)
 		}
 	}
-	return snapshotError(b.devices.AppendStorage(snapshot.ID(id), snapshot.Storage{Path: path, Ranges: ranges}))
+	err = b.devices.AppendStorage(snapshot.ID(id), snapshot.Storage{Path: path, Ranges: ranges})
+	if errors.Is(err, backing.ErrInUse) || errors.Is(err, serve.ErrInUse) {
+		b.health.Raise(health.Condition{Code: "snapshot-foreign-storage", Severity: health.Warning, Subject: dev.String(),
+			Detail: "A program gave /dev/blksnap ranges of " + path + " for difference storage, a disk that others use and Tidemark does not serve: whether the file that they belong to still has them nobody could watch, and what gets them next would be overwritten.",
+			Remedy: "Have it put its file on the device that is snapshotted, or on another served one; or give a file yourself, which is then written through its file system: tidemark snapshot append " + snapshot.FormatID(snapshot.ID(id)) + " FILE."})
+	}
+	return snapshotError(err)
 }
 
 func (b *blksnapSystem) Take(ctx context.Context, id abi.ID) error {
