@@ -13,7 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"tidemark/internal/control/api"
-	"tidemark/internal/front/loop"
+	"tidemark/internal/serve"
 )
 
 func newDevice() *cobra.Command {
@@ -236,9 +236,9 @@ func newDeviceUnsplice() *cobra.Command {
 	return cmd
 }
 
-// newDeviceHelper is what the daemon starts to touch a loop device that it serves itself.
+// newDeviceHelper is what the daemon starts to touch a loop device, or a file system, that it serves itself.
 func newDeviceHelper() *cobra.Command {
-	return &cobra.Command{Use: "device-helper ACTION ABOUT", Hidden: true, RunE: func(_ *cobra.Command, args []string) error { return loop.HelperMain(args) }}
+	return &cobra.Command{Use: "device-helper ACTION [ABOUT]", Hidden: true, RunE: func(_ *cobra.Command, args []string) error { return serve.HelperMain(args) }}
 }
 
 func completeDevices(cmd *cobra.Command, args []string, begun string) ([]string, cobra.ShellCompDirective) {

@@ -66,7 +66,7 @@ where it is absent, which grows up to LIMIT, or a device. Give --storage several
 	socketFlag(cmd)
 	f := cmd.Flags()
 	f.StringArrayVar(&storage, "storage", nil, "file or device for what is overwritten, with the most that it may take (K, M, G; 1M at least)")
-	f.StringVar(&chunk, "chunk", "", "unit of copying, a power of two from 4K (default: chosen by the devices' sizes)")
+	f.StringVar(&chunk, "chunk", "", "unit of copying, a power of two from 4K (default 64K)")
 	f.BoolVar(&req.Durable, "durable", false, "survive power loss: a first write waits until the old data is stored")
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	_ = cmd.MarkFlagRequired("storage")

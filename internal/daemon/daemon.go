@@ -36,7 +36,7 @@ type Config struct {
 	Socket   string
 	Version  string
 	Log      *slog.Logger
-	// DeviceHelper is the command line of a process that calls the loop front's HelperMain.
+	// DeviceHelper is the command line of a process that calls serve.HelperMain.
 	DeviceHelper []string
 	// SpliceGuard is the command line of a process that calls serve.GuardMain.
 	SpliceGuard []string

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 
@@ -21,12 +20,16 @@ import (
 // are: file systems that move or share what they wrote, and extents that are
 // shared, encoded, inline, delayed or not aligned, are refused. The file is
 // immutable between growths, so that nobody moves or frees its blocks; it must
-// not grow while its file system is frozen.
+// not grow while its file system is frozen. It is never open here: what is done
+// to it is a Task, which may wait for a device that this process serves.
 type File struct {
-	f     *os.File
-	dev   block.Device // nil: through the file system
-	made  bool
-	limit int64
+	name    string
+	through *os.File     // nil: by extent
+	dev     block.Device // of the extents
+	do      Doer
+	inode   uint64 // 0: not known
+	made    bool
+	limit   int64
 
 	// growing is held while the file grows or is looked at, which may wait for the
 	// device whose writers ask for Room: those must not wait for it.
@@ -36,68 +39,102 @@ type File struct {
 	extents []block.Range // of the whole file on dev
 }
 
-// OpenFile makes or takes an empty file that grows up to limit bytes. dev is the
-// device that its file system lies on, as a filter below the snapshot sees it;
-// nil: the file is written through its file system, which must not lie on a
-// snapshotted device.
-func OpenFile(path string, limit int64, dev block.Device) (*File, error) {
-	made := true
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+// Where says how a file is written.
+type Where struct {
+	// Device is the one that the file's file system lies on, as a filter below the
+	// snapshot sees it; nil: the file is written through its file system, which must
+	// not lie on a snapshotted device.
+	Device block.Device
+	// Do does what has to be done to a file by extent; nil: this process.
+	Do Doer
+}
+
+func (w Where) doer() Doer {
+	if w.Do == nil {
+		return Do
+	}
+	return w.Do
+}
+
+// OpenFile makes or takes an empty file that grows up to limit bytes.
+func OpenFile(path string, limit int64, w Where) (*File, error) {
+	d := &File{name: path, dev: w.Device, do: w.doer(), limit: limit / Align * Align}
+	if d.limit < Align {
+		return nil, fmt.Errorf("%s: a limit of %d bytes is too small: %w", path, limit, ErrRefused)
+	}
+	if d.dev != nil {
+		made, err := d.do(Task{Do: MakeFile, Path: path})
+		if err != nil {
+			return nil, err
+		}
+		d.inode, d.made = made.Inode, made.Made
+		return d, nil
+	}
+	f, made, err := openEmpty(path)
+	if err != nil {
+		return nil, err
+	}
+	d.through, d.made = f, made
+	return d, nil
+}
+
+// openEmpty makes a file, or takes one that holds nothing.
+func openEmpty(path string) (f *os.File, made bool, err error) {
+	made = true
+	f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
 		made = false
 		f, err = os.OpenFile(path, os.O_RDWR, 0)
 	}
 	if errors.Is(err, unix.EISDIR) {
-		return nil, fmt.Errorf("%s is a folder: name a file in it: %w", path, ErrRefused)
+		return nil, false, fmt.Errorf("%s is a folder: name a file in it: %w", path, ErrRefused)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("difference storage: %w", err)
+		return nil, false, fmt.Errorf("difference storage: %w", err)
 	}
-	d := &File{f: f, dev: dev, made: made, limit: limit / Align * Align}
-	if err := d.admit(); err != nil {
-		return nil, errors.Join(err, d.Close())
+	if err := empty(f); err != nil {
+		return nil, false, errors.Join(err, f.Close())
 	}
-	return d, nil
+	return f, made, nil
 }
 
-// ReopenFile takes a file that OpenFile made, after the process was killed: it is
-// of a size, and where it is written by extent these must be its extents.
-func ReopenFile(path string, limit, size int64, dev block.Device, extents []block.Range) (*File, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY, 0) // an immutable file cannot be opened for writing
-	if err == nil && dev == nil {
-		err = f.Close()
-		if err == nil {
-			f, err = os.OpenFile(path, os.O_RDWR, 0)
-		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("difference storage: %w", err)
-	}
-	d := &File{f: f, dev: dev, made: true, limit: limit, size: size, extents: extents}
-	if err := d.Check(); err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return d, nil
-}
-
-func (d *File) admit() error {
-	st, err := d.f.Stat()
+// empty refuses what is not an empty file.
+func empty(f *os.File) error {
+	st, err := f.Stat()
 	if err != nil {
 		return err
 	}
 	if !st.Mode().IsRegular() {
-		return fmt.Errorf("%s is not a regular file: %w", d.f.Name(), ErrRefused)
+		return fmt.Errorf("%s is not a regular file: %w", f.Name(), ErrRefused)
 	}
 	if st.Size() != 0 {
-		return fmt.Errorf("%s holds %d bytes, which would be lost: name a file that does not exist: %w", d.f.Name(), st.Size(), ErrRefused)
+		return fmt.Errorf("%s holds %d bytes, which would be lost: name a file that does not exist: %w", f.Name(), st.Size(), ErrRefused)
 	}
-	if d.limit < Align {
-		return fmt.Errorf("%s: a limit of %d bytes is too small: %w", d.f.Name(), d.limit, ErrRefused)
+	return nil
+}
+
+// Kept is what has to be known of a file to take it over from a process that was killed.
+type Kept struct {
+	Path    string
+	Limit   int64
+	Size    int64
+	Inode   uint64        // 0: not known
+	Extents []block.Range // of one that is written by extent
+}
+
+// ReopenFile takes over a file that OpenFile made. One that is written by extent
+// is not touched: its device may not be there for users yet. Check looks at it.
+func ReopenFile(k Kept, w Where) (*File, error) {
+	d := &File{name: k.Path, dev: w.Device, do: w.doer(), inode: k.Inode, made: true, limit: k.Limit / Align * Align, size: k.Size, extents: k.Extents}
+	if d.dev != nil {
+		return d, nil
 	}
-	if d.dev == nil {
-		return nil
+	f, err := os.OpenFile(k.Path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("difference storage: %w", err)
 	}
-	return byExtent(d.f)
+	d.through = f
+	return d, nil
 }
 
 // Space is what the file's first size bytes are now, for Recover.
@@ -109,7 +146,7 @@ func (d *File) Space(off, size int64) (Space, error) {
 
 func (d *File) space(off, size int64) (Space, error) {
 	if d.dev == nil {
-		return NewLinear(through{d.f}, []block.Range{{Off: off, Len: size}})
+		return NewLinear(through{d.through}, []block.Range{{Off: off, Len: size}})
 	}
 	return NewLinear(d.dev, part(d.extents, off, size))
 }
@@ -135,23 +172,21 @@ func (d *File) Room() int64 {
 	return d.limit - d.size
 }
 
-// Size is what it has grown to, Extents where that lies; empty where it is
-// written through its file system.
-func (d *File) Size() int64 {
+// Kept is what ReopenFile needs of the file as it is now.
+func (d *File) Kept() Kept {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.size
+	return Kept{Path: d.name, Limit: d.limit, Size: d.size, Inode: d.inode, Extents: slices.Clone(d.extents)}
 }
 
-// Extents are those of the whole file.
-func (d *File) Extents() []block.Range {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return slices.Clone(d.extents)
-}
+// Size is what it has grown to.
+func (d *File) Size() int64 { return d.Kept().Size }
 
 // Name is the file's path.
-func (d *File) Name() string { return d.f.Name() }
+func (d *File) Name() string { return d.name }
+
+// ByExtent says whether it is written below its file system.
+func (d *File) ByExtent() bool { return d.dev != nil }
 
 // Grow allocates more of the file and gives what came. It is stable when it returns.
 func (d *File) Grow(bytes int64) (Space, error) {
@@ -159,128 +194,75 @@ func (d *File) Grow(bytes int64) (Space, error) {
 	defer d.growing.Unlock()
 	n := min((bytes+Align-1)/Align*Align, d.limit-d.size)
 	if n <= 0 {
-		return nil, fmt.Errorf("%s has reached its limit of %d bytes: %w", d.f.Name(), d.limit, ErrFull)
+		return nil, fmt.Errorf("%s has reached its limit of %d bytes: %w", d.name, d.limit, ErrFull)
 	}
+	var extents []block.Range
+	var err error
 	if d.dev == nil {
-		if err := errors.Join(unix.Fallocate(int(d.f.Fd()), 0, d.size, n), d.f.Sync(), syncParent(d.f.Name())); err != nil {
-			return nil, fmt.Errorf("growing %s: %w", d.f.Name(), err)
-		}
-		d.grown(d.size+n, nil)
-		return d.space(d.size-n, n)
+		err = errors.Join(allocate(d.through, d.size, n), syncParent(d.name))
+	} else {
+		extents, err = d.task(GrowFile, d.size+n)
 	}
-	if err := d.check(); err != nil {
-		return nil, err
+	if err != nil {
+		return nil, fmt.Errorf("growing %s: %w", d.name, err)
 	}
-	if err := d.extend(n); err != nil {
-		return nil, fmt.Errorf("growing %s: %w", d.f.Name(), err)
-	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.size, d.extents = d.size+n, extents
 	return d.space(d.size-n, n)
 }
 
-// extend allocates n bytes and learns where they lie.
-func (d *File) extend(n int64) error {
-	if err := immutable(d.f, false); err != nil {
-		return err
-	}
-	err := d.allocate(n)
-	if err = errors.Join(err, immutable(d.f, true)); err != nil {
-		return err
-	}
-	all, err := extentsOf(d.f, d.size+n)
-	if err != nil {
-		return err
-	}
-	if got := part(all, 0, d.size); !slices.Equal(joined(got), joined(d.extents)) {
-		return fmt.Errorf("the file's blocks moved: %w", ErrCorrupt)
-	}
-	d.grown(d.size+n, all)
-	return nil
+// task has something done to a file by extent, of which as much is known as lies in extents.
+func (d *File) task(what Action, size int64) ([]block.Range, error) {
+	done, err := d.do(Task{Do: what, Path: d.name, Inode: d.inode, Made: d.made, Size: size, Extents: d.extents})
+	return done.Extents, err
 }
 
-func (d *File) grown(size int64, extents []block.Range) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.size, d.extents = size, extents
-}
-
-// allocate opens the file anew: after a restart it was immutable when it was opened.
-func (d *File) allocate(n int64) error {
-	f, err := os.OpenFile(d.f.Name(), os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	if err = unix.Fallocate(int(f.Fd()), 0, d.size, n); err == nil {
-		err = errors.Join(f.Sync(), syncParent(d.f.Name()))
-	}
-	return errors.Join(err, f.Close())
-}
-
-// joined merges extents that follow one another on the device too.
-func joined(in []block.Range) []block.Range {
-	var out []block.Range
-	for _, r := range in {
-		if n := len(out); n > 0 && out[n-1].End() == r.Off {
-			out[n-1].Len += r.Len
-			continue
-		}
-		out = append(out, r)
-	}
-	return out
-}
-
-// Check looks again whether the file lies where it did.
+// Check looks again whether the file lies where it did. ErrCorrupt: it does not.
+// os.ErrNotExist: it is not to be found, as where its file system is not mounted.
 func (d *File) Check() error {
 	d.growing.Lock()
 	defer d.growing.Unlock()
-	return d.check()
-}
-
-func (d *File) check() error {
 	if d.dev == nil || d.size == 0 {
 		return nil
 	}
-	now, err := extentsOf(d.f, d.size)
-	if err != nil {
-		return err
-	}
-	if !slices.Equal(joined(now), joined(d.extents)) {
-		return fmt.Errorf("%s: the file's blocks moved: %w", d.f.Name(), ErrCorrupt)
-	}
-	return nil
+	_, err := d.task(CheckFile, d.size)
+	return err
 }
 
 // Close lets go of the file and leaves it.
 func (d *File) Close() error {
 	if d.made && d.Size() == 0 { // never used
-		return errors.Join(os.Remove(d.f.Name()), d.f.Close())
+		return d.Remove()
 	}
-	return d.f.Close()
+	if d.through != nil {
+		return d.through.Close()
+	}
+	return nil
 }
 
 // Remove gives the room back: a file that was made is removed, another emptied. One
 // that is not there any more, or another one in its place, is left alone.
 func (d *File) Remove() error {
-	var err error
 	if d.dev != nil {
-		err = immutable(d.f, false)
-	}
-	mine, failed := d.f.Stat()
-	there, absent := os.Stat(d.f.Name())
-	if failed == nil && (errors.Is(absent, fs.ErrNotExist) || absent == nil && !os.SameFile(mine, there)) {
-		return errors.Join(err, d.f.Close())
-	}
-	if d.made {
-		return errors.Join(err, os.Remove(d.f.Name()), d.f.Close())
-	}
-	return errors.Join(err, os.Truncate(d.f.Name(), 0), d.f.Close())
-}
-
-func syncParent(name string) error {
-	dir, err := os.Open(filepath.Dir(name))
-	if err != nil {
+		d.growing.Lock()
+		defer d.growing.Unlock()
+		_, err := d.task(RemoveFile, d.size)
 		return err
 	}
-	return errors.Join(dir.Sync(), dir.Close())
+	mine, failed := d.through.Stat()
+	there, absent := os.Stat(d.name)
+	if failed == nil && (errors.Is(absent, fs.ErrNotExist) || absent == nil && !os.SameFile(mine, there)) {
+		return d.through.Close()
+	}
+	return errors.Join(discard(d.name, d.made), d.through.Close())
+}
+
+func discard(name string, made bool) error {
+	if made {
+		return os.Remove(name)
+	}
+	return os.Truncate(name, 0)
 }
 
 // through is a file as a device.

@@ -69,7 +69,7 @@ func TestFileByExtent(t *testing.T) {
 			sums := fillWithFiles(t, dir)
 			dev := openNode(t, d)
 			path := filepath.Join(dir, "diff")
-			f, err := OpenFile(path, 12<<20, dev)
+			f, err := OpenFile(path, 12<<20, Where{Device: dev})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -105,8 +105,9 @@ func TestFileByExtent(t *testing.T) {
 				t.Error(err)
 			}
 			// The process is killed, and another takes the file over.
-			g, err := ReopenFile(path, 12<<20, f.Size(), dev, f.Extents())
-			if err != nil {
+			kept := f.Kept()
+			g, err := ReopenFile(kept, Where{Device: dev})
+			if err := errors.Join(err, g.Check()); err != nil {
 				t.Fatal(err)
 			}
 			var spaces []Space
@@ -128,11 +129,9 @@ func TestFileByExtent(t *testing.T) {
 					t.Fatalf("%v: %v", key, err)
 				}
 			}
-			if _, err := ReopenFile(path, 12<<20, f.Size(), dev, slices.Concat(f.Extents()[1:], f.Extents()[:1], []block.Range{{Off: 0, Len: 4096}})); !errors.Is(err, ErrCorrupt) {
-				t.Errorf("a file that lies elsewhere: %v", err)
-			}
+			checkTasks(t, kept)
 			checkFiles(t, sums)
-			if err := errors.Join(g.Remove(), f.f.Close()); err != nil {
+			if err := g.Remove(); err != nil {
 				t.Error(err)
 			}
 			if _, err := os.Stat(path); !os.IsNotExist(err) {
@@ -151,6 +150,49 @@ func TestFileByExtent(t *testing.T) {
 				t.Fatal(err)
 			}
 		})
+	}
+}
+
+// checkTasks: a file that is not the one that is meant is neither grown nor
+// removed; one whose growth was cut off is immutable again when it was looked at.
+func checkTasks(t *testing.T, k Kept) {
+	t.Helper()
+	elsewhere := slices.Concat(k.Extents[1:], k.Extents[:1])
+	if len(k.Extents) == 1 {
+		elsewhere = []block.Range{{Off: k.Extents[0].Off + Align, Len: k.Extents[0].Len}}
+	}
+	for what, bad := range map[string]Task{"another file": {Inode: k.Inode + 1, Extents: k.Extents}, "moved": {Inode: k.Inode, Extents: elsewhere}} {
+		bad.Path, bad.Size, bad.Made = k.Path, k.Size+1<<20, true
+		for _, bad.Do = range []Action{CheckFile, GrowFile} {
+			if _, err := Do(bad); !errors.Is(err, ErrCorrupt) {
+				t.Errorf("%s: %s: %v", what, bad.Do, err)
+			}
+		}
+		bad.Do = RemoveFile
+		if _, err := Do(bad); err != nil {
+			t.Errorf("%s: remove: %v", what, err)
+		}
+	}
+	st, err := os.Stat(k.Path)
+	if err != nil || st.Size() != k.Size {
+		t.Fatalf("the file is touched: %v, %v", st, err)
+	}
+	f, err := os.Open(k.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := immutable(f, false); err != nil { // as a growth that was killed
+		t.Fatal(err)
+	}
+	if _, err := Do(Task{Do: CheckFile, Path: k.Path, Inode: k.Inode, Extents: k.Extents}); err != nil {
+		t.Error(err)
+	}
+	if err := os.Truncate(k.Path, 0); !errors.Is(err, unix.EPERM) {
+		t.Errorf("its blocks could be freed: %v", err)
+	}
+	if _, err := Do(Task{Do: CheckFile, Path: k.Path + "-absent", Inode: k.Inode}); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a file that is not there: %v", err)
 	}
 }
 
@@ -190,7 +232,7 @@ func checkFiles(t *testing.T, sums map[string][32]byte) {
 // TestFileThroughItsFileSystem needs no privileges.
 func TestFileThroughItsFileSystem(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "diff")
-	f, err := OpenFile(path, 1<<20, nil)
+	f, err := OpenFile(path, 1<<20, Where{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -227,13 +269,13 @@ func TestFileRefusals(t *testing.T) {
 	if err := os.WriteFile(full, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := OpenFile(full, 1<<20, nil); !errors.Is(err, ErrRefused) {
+	if _, err := OpenFile(full, 1<<20, Where{}); !errors.Is(err, ErrRefused) {
 		t.Errorf("a file with content: %v", err)
 	}
 	if b, err := os.ReadFile(full); err != nil || string(b) != "precious" {
 		t.Errorf("it now holds %q, %v", b, err)
 	}
-	if _, err := OpenFile(filepath.Join(dir, "small"), 100, nil); !errors.Is(err, ErrRefused) {
+	if _, err := OpenFile(filepath.Join(dir, "small"), 100, Where{}); !errors.Is(err, ErrRefused) {
 		t.Errorf("too small a limit: %v", err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "small")); !os.IsNotExist(err) {
@@ -242,7 +284,7 @@ func TestFileRefusals(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "folder"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := OpenFile(filepath.Join(dir, "folder"), 1<<20, nil); err == nil {
+	if _, err := OpenFile(filepath.Join(dir, "folder"), 1<<20, Where{}); err == nil {
 		t.Error("a folder was taken")
 	}
 	if _, err := os.Stat("/dev/shm"); err == nil {
@@ -251,7 +293,7 @@ func TestFileRefusals(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer os.RemoveAll(memory)
-		if _, err := OpenFile(filepath.Join(memory, "f"), 1<<20, sized{size: 1 << 30}); !errors.Is(err, ErrRefused) {
+		if _, err := OpenFile(filepath.Join(memory, "f"), 1<<20, Where{Device: sized{size: 1 << 30}}); !errors.Is(err, ErrRefused) {
 			t.Errorf("by extent on a tmpfs: %v", err)
 		}
 	}
@@ -279,13 +321,13 @@ func TestExtentRefusals(t *testing.T) {
 // TestRoomWaitsForNobody: whoever reserves a slot asks for the room of a file that
 // may be growing just then, in a file system that waits for that very writer.
 func TestRoomWaitsForNobody(t *testing.T) {
-	f, err := OpenFile(filepath.Join(t.TempDir(), "f"), 1<<20, nil)
+	f, err := OpenFile(filepath.Join(t.TempDir(), "f"), 1<<20, Where{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	f.growing.Lock()
 	asked := make(chan int64)
-	go func() { asked <- f.Room() + f.Size() + int64(len(f.Extents())) }()
+	go func() { asked <- f.Room() + int64(len(f.Kept().Extents)) }()
 	select {
 	case <-asked:
 	case <-time.After(time.Minute):

@@ -57,7 +57,6 @@ type Request struct {
 	Timeout     time.Duration // from the first freeze to the thaw at the most
 	HookTimeout time.Duration // of each hook
 	Own         []string      // folders that the caller writes to, beyond the files that it has open
-	Except      []string      // files that it has open and writes below their file system only, by their real names
 }
 
 // Defaults and bounds of Request.

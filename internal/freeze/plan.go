@@ -44,7 +44,7 @@ func plan(r Request) ([]target, error) {
 		}
 		targets = append(targets, t)
 	}
-	if err := refuseOpenFiles(mounts, r.Except); err != nil {
+	if err := refuseOpenFiles(mounts); err != nil {
 		closeAll(targets)
 		return nil, err
 	}
@@ -142,7 +142,7 @@ func innerFirst(mounts []disk.Mount, own []string) ([]disk.Mount, error) {
 
 // refuseOpenFiles finds what this process has open for writing on the mounts:
 // the first write there would wait for a thaw that then never comes from us.
-func refuseOpenFiles(mounts []disk.Mount, except []string) error {
+func refuseOpenFiles(mounts []disk.Mount) error {
 	all, err := disk.Mounts()
 	if err != nil {
 		return err
@@ -165,7 +165,7 @@ func refuseOpenFiles(mounts []disk.Mount, except []string) error {
 			continue
 		}
 		name, err := os.Readlink("/proc/self/fd/" + e.Name())
-		if errors.Is(err, os.ErrNotExist) || slices.Contains(except, name) {
+		if errors.Is(err, os.ErrNotExist) {
 			continue
 		}
 		return fmt.Errorf("freezing %s: %w: it has %s open; keep that on a disk of another group", m.Point, ErrOwn, name)

@@ -146,6 +146,7 @@ func (s *Server) bringBackImages(ctx context.Context) {
 		}
 	}
 	s.watching.Go(func() { s.watchLate(s.watch0) }) // from here on: everything is open
+	s.watching.Go(s.set.Settle)
 }
 
 func (s *Server) endImage(ctx context.Context, name string) error {

@@ -45,7 +45,8 @@ type Env struct {
 	StateDir string
 	// Nodes is the folder of the names that users see; "" is /dev/tidemark.
 	Nodes string
-	// Helper is the command line of a process that calls the loop front's HelperMain.
+	// Helper is the command line of a process that calls HelperMain. Without it there
+	// is no loop front, and no device should hold difference storage.
 	Helper []string
 	// Guard is the command line of a process that calls GuardMain, without
 	// GuardVerb; none: spliced volumes wait for the next daemon for ever.
@@ -69,7 +70,6 @@ type Server struct {
 	memory   string            // folder for what outlives this process, and not a reboot; "": none
 	images   map[string]*image // by snapshot and device
 	logs     map[string]*eventLog
-	byExtent map[string]bool            // difference storage that is written below its file system
 	disks    map[string]*backing.Device // difference storage on disks of others
 	captures map[string]*capturing      // by group
 	health   health.Set
@@ -115,7 +115,7 @@ func Open(ctx context.Context, env *Env) (*Server, error) {
 	s := &Server{env: env, fronts: newFronts(env), folder: filepath.Join(env.StateDir, "devices"), devices: map[string]*Device{}}
 	s.system = stack.New(stack.Config{}, &s.health)
 	s.watch0, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	s.images, s.logs, s.disks, s.byExtent = map[string]*image{}, map[string]*eventLog{}, map[string]*backing.Device{}, map[string]bool{}
+	s.images, s.logs, s.disks = map[string]*image{}, map[string]*eventLog{}, map[string]*backing.Device{}
 	s.captures = map[string]*capturing{}
 	s.changed, s.arrived = make(hint, 1), make(hint, 1)
 	if env.Nodes == "" {

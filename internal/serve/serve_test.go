@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"tidemark/internal/freeze"
-	fuseloop "tidemark/internal/front/loop"
 	"tidemark/internal/snapshot"
 	"tidemark/internal/testkit"
 )
@@ -25,11 +24,15 @@ func TestMain(m *testing.M) {
 		os.Exit(freeze.WatchdogMain())
 	}
 	if os.Getenv("TIDEMARK_HELPER") != "" {
-		if err := fuseloop.HelperMain(os.Args[1:]); err != nil {
+		if err := HelperMain(os.Args[1:]); err != nil {
 			println(err.Error())
 			os.Exit(1)
 		}
 		return
+	}
+	if dir := os.Getenv(childFolder); dir != "" {
+		println(childMain(dir).Error())
+		os.Exit(1)
 	}
 	os.Exit(m.Run())
 }
@@ -37,7 +40,10 @@ func TestMain(m *testing.M) {
 const mib = 1 << 20
 
 func newEnv(t *testing.T) *Env {
-	dir := t.TempDir()
+	return envIn(t.TempDir())
+}
+
+func envIn(dir string) *Env {
 	return &Env{StateDir: filepath.Join(dir, "state"), Nodes: filepath.Join(dir, "nodes"), Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 		Helper: []string{"env", "TIDEMARK_HELPER=1", os.Args[0]}}
 }

@@ -7,10 +7,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -35,7 +33,7 @@ func (s *Server) openSnapshots() error {
 			s.health.Raise(health.Condition{Code: "snapshot-remains", Severity: health.Warning, Subject: id, Detail: "What an earlier daemon left of a snapshot: " + err.Error() + ".",
 				Remedy: "Mend what it names and start the daemon again; what lies in " + filepath.Join(s.env.StateDir, "snapshots") + " says which files are its storage."})
 		},
-		Device: s.partsOf, Locate: s.locate, Freeze: s.freezeDevices,
+		Device: s.partsOf, Locate: s.locate, Files: s.fileTask, Freeze: s.freezeDevices,
 	})
 	return err
 }
@@ -78,9 +76,7 @@ func (s *Server) named(name string) (*Device, error) {
 
 // freezeDevices freezes what is mounted from the devices, together.
 func (s *Server) freezeDevices(ctx context.Context, names []string) (thaw func() error, mounts int, err error) {
-	s.mu.Lock()
-	r := freeze.Request{Own: []string{s.env.StateDir}, Except: slices.Collect(maps.Keys(s.byExtent))}
-	s.mu.Unlock()
+	r := freeze.Request{Own: []string{s.env.StateDir}}
 	for _, name := range names {
 		d, err := s.find(name)
 		if err != nil {

@@ -6,8 +6,6 @@ import (
 	"maps"
 	"path/filepath"
 
-	"golang.org/x/sys/unix"
-
 	"tidemark/internal/backing"
 	"tidemark/internal/block"
 	"tidemark/internal/disk"
@@ -16,37 +14,23 @@ import (
 
 // locate says what a path of difference storage is.
 func (s *Server) locate(path string) (snapshot.Place, error) {
-	var st unix.Stat_t
-	err := unix.Stat(path, &st)
-	if errors.Is(err, unix.ENOENT) {
-		err = unix.Stat(filepath.Dir(path), &st)
-	}
+	at, err := s.look(path)
 	if err != nil {
-		return snapshot.Place{}, fmt.Errorf("%s: %w", path, err)
+		return snapshot.Place{}, err
 	}
-	dev, file := st.Dev, true
-	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
-		dev, file = st.Rdev, false
-	}
+	dev, file := at.Device, at.File
 	if name := s.imageWith(dev); name != "" {
 		return snapshot.Place{}, fmt.Errorf("difference storage %s: it lies on %s, which is a snapshot's image and needs difference storage itself: %w", path, name, ErrRefused)
 	}
-	below, err := s.below(dev)
+	on, below, err := s.below(dev)
 	if err != nil {
 		return snapshot.Place{}, fmt.Errorf("difference storage %s: %w", path, err)
 	}
 	if name := s.deepUnder(path); file && below == nil && name != "" {
 		return snapshot.Place{}, fmt.Errorf("difference storage %s: it lies on the served device %s, not directly or on a file system whose files move (ext4 and xfs do not): put it on another device: %w", path, name, ErrRefused)
 	}
-	if below != nil && file { // it is open, and nobody writes it through its file system
-		if dir, err := filepath.EvalSymlinks(filepath.Dir(path)); err == nil {
-			s.mu.Lock()
-			s.byExtent[filepath.Join(dir, filepath.Base(path))] = true
-			s.mu.Unlock()
-		}
-	}
 	if below != nil || file {
-		return snapshot.Place{Device: below, File: file, Served: !file}, nil
+		return snapshot.Place{Device: below, On: on, File: file, Served: !file}, nil
 	}
 	return s.storageDisk(path)
 }
@@ -75,14 +59,11 @@ func (s *Server) deepUnder(path string) string {
 
 // ownUnder is the served device or image that a path is or lies on, "" for none.
 func (s *Server) ownUnder(path string) string {
-	var st unix.Stat_t
-	if unix.Stat(path, &st) != nil {
+	at, err := s.look(path)
+	if err != nil {
 		return ""
 	}
-	dev, file := st.Dev, true
-	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
-		dev, file = st.Rdev, false
-	}
+	dev, file := at.Device, at.File
 	if name := s.imageWith(dev); name != "" {
 		return name
 	}
@@ -110,9 +91,9 @@ func (s *Server) imageWith(dev uint64) string {
 	return ""
 }
 
-// below is the device with a number as seen from below the snapshots' filters,
-// nil where it is not one of ours.
-func (s *Server) below(dev uint64) (block.Device, error) {
+// below is the device with a number, by name and as seen from below the snapshots'
+// filters, nil where it is not one of ours.
+func (s *Server) below(dev uint64) (name string, below block.Device, err error) {
 	for _, d := range s.list() {
 		now := d.now()
 		if now.served == nil || now.served.kernel() == "" {
@@ -120,12 +101,12 @@ func (s *Server) below(dev uint64) (block.Device, error) {
 		}
 		switch where(s.kernelOf(now), dev) {
 		case itself:
-			return now.part.Cow.Below(), nil
+			return now.spec.Name, now.part.Cow.Below(), nil
 		case above:
-			return nil, fmt.Errorf("it lies on a partition or volume of the served device %s, whose extents are not the device's: %w", now.spec.Name, ErrRefused)
+			return "", nil, fmt.Errorf("it lies on a partition or volume of the served device %s, whose extents are not the device's: %w", now.spec.Name, ErrRefused)
 		}
 	}
-	return nil, nil
+	return "", nil, nil
 }
 
 // storageDisk opens a disk that is not ours, for difference storage.

@@ -130,13 +130,13 @@ func (s *Snapshot) append(p Storage, place Place) error {
 	if !place.File {
 		return s.appendDevice(p, place)
 	}
-	f, err := diff.OpenFile(p.Path, cmp.Or(p.Limit, limitDefault), place.Device)
+	f, err := diff.OpenFile(p.Path, cmp.Or(p.Limit, limitDefault), s.set.whereOf(place))
 	if err != nil {
 		return err
 	}
 	source := len(s.manifest().Sources)
 	if err := s.change(func(m *manifest) {
-		m.Sources = append(m.Sources, manifestSource{Path: p.Path, File: true, Limit: cmp.Or(p.Limit, limitDefault)})
+		m.Sources = append(m.Sources, manifestSource{Path: p.Path, File: true, Limit: cmp.Or(p.Limit, limitDefault), On: place.On, Inode: f.Kept().Inode})
 	}); err != nil {
 		return errors.Join(err, f.Remove())
 	}
@@ -164,12 +164,12 @@ func (s *Snapshot) appendDevice(p Storage, place Place) error {
 	if err != nil {
 		return fmt.Errorf("difference storage %s: %w", p.Path, err)
 	}
-	if err := s.set.apart(s, place.Name, ranges); err != nil {
+	if err := s.set.apart(s, place, ranges); err != nil {
 		return fmt.Errorf("difference storage %s: %w", p.Path, err)
 	}
 	source := len(s.manifest().Sources)
 	if err := s.change(func(m *manifest) {
-		m.Sources = append(m.Sources, manifestSource{Path: p.Path, Disk: place.Name, Size: space.Size(), Extents: ranges})
+		m.Sources = append(m.Sources, manifestSource{Path: p.Path, Disk: place.Name, On: place.On, Size: space.Size(), Extents: ranges})
 	}); err != nil {
 		return err
 	}
@@ -185,14 +185,14 @@ func (s *Snapshot) dropSource() error {
 }
 
 // apart refuses ranges of a device that hold difference storage already.
-func (t *Set) apart(mine *Snapshot, name string, ranges []block.Range) error {
+func (t *Set) apart(mine *Snapshot, place Place, ranges []block.Range) error {
 	all := t.all()
 	if !slices.Contains(all, mine) {
 		all = append(all, mine)
 	}
 	for _, s := range all {
 		for _, src := range s.manifest().Sources {
-			if src.File || src.Disk != name || name == "" {
+			if (place.Name == "" || src.Disk != place.Name) && (place.On == "" || src.On != place.On) {
 				continue
 			}
 			for _, have := range src.Extents {
@@ -205,6 +205,10 @@ func (t *Set) apart(mine *Snapshot, name string, ranges []block.Range) error {
 		}
 	}
 	return nil
+}
+
+func (t *Set) whereOf(place Place) diff.Where {
+	return diff.Where{Device: place.Device, Do: t.cfg.Files}
 }
 
 // Disks names the devices that hold difference storage, as Locate named them.
@@ -232,7 +236,10 @@ func (s *Snapshot) discard() error {
 	if s.set.cfg.Memory != "" {
 		errs = append(errs, remove(s.set.memory(s.id)))
 	}
-	return errors.Join(append(errs, remove(s.set.file(s.id)), vfs.OS{}.SyncDir(s.set.cfg.Dir))...)
+	if err := errors.Join(errs...); err != nil {
+		return err // the manifest says what is left: the next Open tries again
+	}
+	return errors.Join(remove(s.set.file(s.id)), vfs.OS{}.SyncDir(s.set.cfg.Dir))
 }
 
 func remove(name string) error {

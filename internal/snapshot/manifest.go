@@ -52,7 +52,9 @@ type manifestDevice struct {
 type manifestSource struct {
 	Path    string        `json:"path"`
 	File    bool          `json:"file"`
-	Disk    string        `json:"disk,omitempty"` // the device's name, whatever path named it
+	Disk    string        `json:"disk,omitempty"`  // the device's name, whatever path named it
+	On      string        `json:"on,omitempty"`    // the served device that it lies on
+	Inode   uint64        `json:"inode,omitempty"` // of a file on a served device
 	Limit   int64         `json:"limit,omitempty"`
 	Size    int64         `json:"size,omitempty"`
 	Extents []block.Range `json:"extents,omitempty"`
@@ -159,8 +161,8 @@ func (s *Snapshot) record(space diff.Space) error {
 	p := space.(part)
 	return s.change(func(m *manifest) {
 		if p.file != nil {
-			src := &m.Sources[p.area.Source]
-			src.Size, src.Extents = p.file.Size(), p.file.Extents()
+			src, kept := &m.Sources[p.area.Source], p.file.Kept()
+			src.Size, src.Extents = kept.Size, kept.Extents
 		}
 		m.Areas = append(m.Areas, p.area)
 	})

@@ -67,7 +67,8 @@ func TestGoldenManifest(t *testing.T) {
 	full := example()
 	full.TakenAt, full.Frozen, full.Lost = time.Unix(1e9, 0).UTC(), true, "why"
 	full.Devices[0].Generation, full.Devices[0].Number = "0102", 3
-	full.Sources = append(full.Sources, manifestSource{Path: "/dev/disk/by-id/x", Disk: "/dev/sdx", Size: 4096, Extents: []block.Range{{Len: 4096}}})
+	full.Sources = append(full.Sources, manifestSource{Path: "/dev/disk/by-id/x", Disk: "/dev/sdx", Size: 4096, Extents: []block.Range{{Len: 4096}}},
+		manifestSource{Path: "/mnt/diff", File: true, Limit: 9, On: "d", Inode: 12, Size: 4096, Extents: []block.Range{{Off: 8192, Len: 4096}}})
 	if err := save(name, full); err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package snapshot
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -29,10 +30,10 @@ func (t *Set) restore() error {
 		s := &Snapshot{set: t, id: id, man: man}
 		switch man.State {
 		case stateDestroyed, stateMaking:
-			err = s.giveBack()
+			err = s.giveBackInTime()
 		case stateCreated:
 			if again := s.prepared(); again != nil {
-				err = errors.Join(again, s.giveBack())
+				err = errors.Join(again, s.giveBackInTime())
 			} else {
 				t.m[id] = s
 			}
@@ -45,6 +46,60 @@ func (t *Set) restore() error {
 		if err != nil {
 			t.cfg.Trouble(man.ID, err)
 		}
+	}
+	return nil
+}
+
+// giveBackInTime gives back what is left of a snapshot that nobody has: now, or in
+// Settle where that means to touch a device that is not served yet.
+func (s *Snapshot) giveBackInTime() error {
+	if slices.ContainsFunc(s.man.Sources, func(src manifestSource) bool { return src.File && src.On != "" }) {
+		s.letGo()
+		s.set.later = append(s.set.later, s)
+		return nil
+	}
+	return s.giveBack()
+}
+
+// Settle does what Open could not, as the devices were not served yet: it gives
+// back what killed processes left on them, and looks whether files that lie on
+// them are where they were. It is called once, and may take long.
+func (t *Set) Settle() {
+	t.mu.Lock()
+	later := t.later
+	t.later = nil
+	t.mu.Unlock()
+	for _, s := range later {
+		if err := s.giveBack(); err != nil {
+			t.cfg.Trouble(FormatID(s.id), err)
+		}
+	}
+	for _, s := range t.all() {
+		if err := s.look(); err != nil {
+			t.cfg.Trouble(FormatID(s.id), err)
+		}
+	}
+}
+
+// look declares a snapshot spoiled whose storage is somebody else's by now.
+func (s *Snapshot) look() error {
+	s.mu.Lock()
+	files := slices.Clone(s.files)
+	s.mu.Unlock()
+	for _, f := range files {
+		err := f.Check() // without the lock: it may take long
+		if err == nil || errors.Is(err, os.ErrNotExist) {
+			continue // as where its file system is not mounted
+		}
+		if !errors.Is(err, diff.ErrCorrupt) && !errors.Is(err, diff.ErrRefused) {
+			return err
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if cmp.Or(s.ended, s.lost) != nil {
+			return nil
+		}
+		return errors.Join(err, s.lose(err))
 	}
 	return nil
 }
@@ -133,12 +188,12 @@ func (s *Snapshot) reopen() error {
 		if !src.File {
 			continue
 		}
-		place, err := s.set.cfg.Locate(src.Path)
+		place, err := s.place(src)
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
-		f, err := diff.ReopenFile(src.Path, src.Limit, src.Size, place.Device, src.Extents)
+		f, err := diff.ReopenFile(diff.Kept{Path: src.Path, Limit: src.Limit, Size: src.Size, Inode: src.Inode, Extents: src.Extents}, s.set.whereOf(place))
 		if errors.Is(err, os.ErrNotExist) && s.man.State != stateTaken {
 			continue // given back already
 		}
@@ -149,6 +204,18 @@ func (s *Snapshot) reopen() error {
 		s.files = append(s.files, f)
 	}
 	return errors.Join(errs...)
+}
+
+// place finds a source again. What lies on a served device is not touched.
+func (s *Snapshot) place(src manifestSource) (Place, error) {
+	if src.On == "" {
+		return s.set.cfg.Locate(src.Path)
+	}
+	d, err := s.set.cfg.Device(src.On)
+	if err != nil {
+		return Place{}, fmt.Errorf("difference storage %s: %w", src.Path, err)
+	}
+	return Place{Device: d.Cow.Below(), File: src.File, On: src.On}, nil
 }
 
 // goOn restores a taken snapshot, its images begun.
@@ -216,7 +283,7 @@ func (s *Snapshot) spaces() ([]diff.Space, error) {
 			out = append(out, space)
 			continue
 		}
-		place, err := s.set.cfg.Locate(src.Path)
+		place, err := s.place(src)
 		if err != nil {
 			return nil, err
 		}

@@ -61,6 +61,9 @@ type Place struct {
 	// Served says that Device is a served one that the path names itself: what it
 	// holds would be overwritten, so that only ranges of it are taken.
 	Served bool
+	// On names the served device that Device is below of, "" where it is another one:
+	// a restart finds it by that, as nobody may touch the path before it is served again.
+	On string
 	// Name tells the device from others, whatever path named it.
 	Name string
 }
@@ -79,6 +82,8 @@ type Config struct {
 	Device func(name string) (Device, error)
 	// Locate says what a path of difference storage is; nil: all are files, through their file systems.
 	Locate func(path string) (Place, error)
+	// Files does what has to be done to files that lie on served devices; nil: this process.
+	Files diff.Doer
 	// Freeze freezes the file systems of devices, together, and says how many those
 	// are; thaw ends it. Nil: none are.
 	Freeze func(ctx context.Context, devices []string) (thaw func() error, frozen int, err error)
@@ -105,6 +110,7 @@ type Set struct {
 	mu      sync.Mutex
 	m       map[ID]*Snapshot
 	stopped bool
+	later   []*Snapshot // to be given back when devices are served
 }
 
 // Open gives the set of the snapshots that an earlier process left, which go on or
