@@ -20,6 +20,7 @@ func newDaemon() *cobra.Command {
 	var state string
 	var nodes string
 	var compat []string
+	var metrics string
 	var asJSON, force bool
 	cmd := &cobra.Command{
 		Use:   "daemon",
@@ -42,7 +43,7 @@ not end the capture: that goes on in the kernel, and the next daemon takes over.
 			signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
 			defer signal.Stop(stop)
 			return daemon.Run(context.WithoutCancel(cmd.Context()), daemon.Config{StateDir: state, Socket: *socketFlagOf(cmd), Version: version, Log: log,
-				DeviceHelper: []string{self, "device-helper"}, SpliceGuard: []string{"/proc/self/exe"}, Nodes: nodes, Stop: stop, Force: force, Compat: compat, Step: testSteps()})
+				DeviceHelper: []string{self, "device-helper"}, SpliceGuard: []string{"/proc/self/exe"}, Nodes: nodes, Stop: stop, Force: force, Compat: compat, Metrics: metrics, Step: testSteps()})
 		},
 	}
 	socketFlag(cmd)
@@ -50,6 +51,7 @@ not end the capture: that goes on in the kernel, and the next daemon takes over.
 	cmd.Flags().StringVar(&nodes, "nodes", "/dev/tidemark", "folder for the names of served devices")
 	cmd.Flags().BoolVar(&force, "force", false, "end on a signal also while served devices are open")
 	cmd.Flags().StringSliceVar(&compat, "compat", nil, "control devices of other systems to answer: "+strings.Join(daemon.Compat, ", "))
+	cmd.Flags().StringVar(&metrics, "metrics", "", "answer Prometheus at HOST:PORT of this machine alone, or at the path of a unix socket")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "log JSON")
 	return cmd
 }

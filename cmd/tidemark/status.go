@@ -21,7 +21,13 @@ func newStatus() *cobra.Command {
 		Example: "  tidemark status --watch\n  tidemark status db --json",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			client, out := dial(socketFlagOf(cmd)), cmd.OutOrStdout()
-			show := func(st api.Status) error { printStatus(out, st); return nil }
+			show := func(st api.Status) error {
+				printStatus(out, st)
+				if len(args) > 0 {
+					printStats(out, st.Groups[0])
+				}
+				return nil
+			}
 			switch {
 			case asJSON:
 				show = func(st api.Status) error { return json.NewEncoder(out).Encode(st) }

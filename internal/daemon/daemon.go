@@ -49,6 +49,8 @@ type Config struct {
 	Force  bool
 	// Step is told before each step of a mark over groups, by name; nil: nobody is. It is for tests.
 	Step func(step string)
+	// Metrics is where it answers Prometheus; "": nowhere.
+	Metrics string
 }
 
 // What keeps a daemon from starting.
@@ -100,6 +102,11 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer listener.Close()
+	tellMetrics, endMetrics, err := svc.openMetrics(cfg.Metrics)
+	if err != nil {
+		return err
+	}
+	defer endMetrics()
 	if err := svc.open(); err != nil {
 		return err
 	}
@@ -109,6 +116,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	defer svc.closeDevices()
 	defer svc.stop()
 	svc.start() // when their served devices are there
+	tellMetrics()
 	defer svc.stopDevices()
 	stopCompat := svc.startCompat(ctx, cfg.Compat)
 	defer stopCompat()

@@ -124,6 +124,7 @@ func (s *service) Status(ctx context.Context) (api.Status, error) {
 	for _, g := range s.list() {
 		out.Groups = append(out.Groups, s.groupOf(g.Status(ctx)))
 	}
+	out.Totals = totalsOf(out.Groups)
 	return out, nil
 }
 

@@ -10,12 +10,14 @@ func groupOf(s protect.Status) api.Group {
 	out := api.Group{
 		Name: s.Name, State: api.State(s.State), Mode: api.Mode(s.Mode), WayIn: s.WayIn, Vault: s.Vault,
 		ConsistentSince: s.ConsistentSince, CapturedPosition: s.Captured, DurablePosition: s.Durable, LagSeconds: s.Lag.Seconds(),
-		RingBytes: s.Ring, RingUsedBytes: s.RingUsed, SpoolBytes: s.Spool, Conditions: s.Conditions,
+		RingBytes: s.Ring, RingUsedBytes: s.RingUsed, SpoolBytes: s.Spool, Stats: statsOf(&s), Conditions: s.Conditions,
 	}
-	for _, d := range s.Disks {
+	for n, d := range s.Disks {
+		f := s.Figures.Disks[n]
 		out.Disks = append(out.Disks, api.Disk{
 			Name: d.Name, Device: d.Device, Identity: d.Identity, SizeBytes: d.Size, GapBytes: d.Gap,
 			Writes: d.Writes, WrittenBytes: d.Written, LostWrites: d.Lost, FailedWrites: d.Failed,
+			TakenWrites: f.Writes, TakenBytes: f.Bytes, ZeroedBytes: f.Zeroes, DiscardedBytes: f.Discards, WriteSizes: f.Sizes,
 		})
 	}
 	return out

@@ -45,12 +45,12 @@ func (e *Env) dir(group string) string { return filepath.Join(e.StateDir, "group
 //
 // Where the one of before does not fit, or disks are gone, what its ring holds is
 // moved into the history before anything else (salvage).
-func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set) (s *session, err error) {
+func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set, stats *Stats) (s *session, err error) {
 	settings, err := cfg.Settings.withDefaults()
 	if err != nil {
 		return nil, err
 	}
-	s = &session{cfg: cfg, ledger: env.Ledger, way: cfg.wayIn(env), settings: settings, stateDir: env.StateDir, log: env.Log, health: h, waiters: map[uint64]*waiter{}, names: map[string]bool{},
+	s = &session{cfg: cfg, ledger: env.Ledger, stats: stats, way: cfg.wayIn(env), settings: settings, stateDir: env.StateDir, log: env.Log, health: h, waiters: map[uint64]*waiter{}, names: map[string]bool{},
 		tokens:   rand.Uint64(), // the ring may hold bookmarks of a daemon before this one
 		requests: make(chan request), uevents: make(chan disk.Uevent, 16), over: make(chan struct{}), builder: segment.NewBuilder(settings.SegmentBytes)}
 	var undo []func() error
@@ -217,6 +217,8 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 	}
 	s.engine = fill.New(s.sizes())
 	s.mode = newMode(s.source.PayloadCaptured())
+	s.mode.told = s.stats
+	s.stats.moved(s.mode.now, moveOpened)
 	s.place, s.skipBefore, s.seenDrops = s.source.Consumer(), 0, 0
 	s.gapOpen, s.settled = false, 0
 	c, err := s.source.Counters()
@@ -230,17 +232,19 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 		s.health.Clear("metadata-mode", s.cfg.Name)
 	}
 	cause := stream.CauseInitial
+	s.stats.known()
 	if h != nil {
 		s.carry(h)
 		var undecided []pendingMark
 		for _, m := range h.Undecided() {
-			undecided = append(undecided, pendingMark{m.Bookmark, m.Position})
+			undecided = append(undecided, pendingMark{m.Bookmark, m.Position, m.Time})
 		}
 		s.takeOverMarks(undecided)
 		if s.continues(h) {
 			if !s.gapOpen {
 				return s.changedMeanwhile()
 			}
+			s.stats.unknown()
 			if err := s.source.SetEnds(true); err != nil { // before the producer's place is noted
 				return err
 			}

@@ -96,6 +96,16 @@ func (s *session) settleBookmarks(err error) {
 // durable on this machine. Errors: ErrInsideGap, ErrBookmarkExists, ErrOffline,
 // source.ErrFull, spool.ErrFull, and those of the freeze.
 func (g *Group) Bookmark(ctx context.Context, name string, want stream.Consistency) (Bookmarked, error) {
+	at, err := g.bookmark(ctx, name, want)
+	if err != nil {
+		g.stats.refuse()
+	} else {
+		g.stats.put(LastMark{Name: name, Time: at.Time, Barrier: BarrierCut})
+	}
+	return at, err
+}
+
+func (g *Group) bookmark(ctx context.Context, name string, want stream.Consistency) (Bookmarked, error) {
 	if err := stream.CheckBookmarkName(name); err != nil {
 		return Bookmarked{}, fmt.Errorf("%w: %w", err, ErrSettings)
 	}

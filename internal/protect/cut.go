@@ -328,6 +328,11 @@ func (s *session) takeOverMarks(undecided []pendingMark) {
 	for i, commit := range s.ledger.verdicts(s.cfg.ID, undecided) {
 		u := undecided[i]
 		s.names[u.name] = true
+		if commit {
+			s.stats.put(LastMark{Name: u.name, Time: u.time, Barrier: BarrierCut})
+		} else {
+			s.stats.drop()
+		}
 		s.marks = append(s.marks, &mark{name: u.name, phase: deciding, commit: commit, where: Bookmarked{Position: u.position}})
 	}
 }
@@ -336,6 +341,7 @@ func (s *session) takeOverMarks(undecided []pendingMark) {
 type pendingMark struct {
 	name     string
 	position stream.Position
+	time     time.Time
 }
 
 // await waits for the answer of a phase.

@@ -196,10 +196,10 @@ func TestVerdictsOfALedger(t *testing.T) {
 		return l
 	}
 	l = open()
-	if v := l.verdicts(a, []pendingMark{{"x", 4}, {"noon", 5}}); v[0] || !v[1] {
+	if v := l.verdicts(a, []pendingMark{{name: "x", position: 4}, {name: "noon", position: 5}}); v[0] || !v[1] {
 		t.Errorf("verdicts %v", v)
 	}
-	if v := l.verdicts([16]byte{3}, []pendingMark{{"noon", 5}}); v[0] {
+	if v := l.verdicts([16]byte{3}, []pendingMark{{name: "noon", position: 5}}); v[0] {
 		t.Error("an intent holds for a group that is not in it")
 	}
 	l.durable(a, 5)
@@ -207,7 +207,7 @@ func TestVerdictsOfALedger(t *testing.T) {
 	if v := l.verdicts(a, nil); len(v) != 0 {
 		t.Error(v)
 	}
-	if v := l.verdicts(b, []pendingMark{{"noon", 9}}); !v[0] {
+	if v := l.verdicts(b, []pendingMark{{name: "noon", position: 9}}); !v[0] {
 		t.Error("b was not committed")
 	}
 	l.durable(b, 9)

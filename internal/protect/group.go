@@ -33,6 +33,7 @@ type Group struct {
 	env    *Env
 	cfg    *Config
 	health health.Set
+	stats  *Stats
 	live   atomic.Pointer[session]
 	cancel context.CancelFunc
 	done   chan struct{}
@@ -76,8 +77,8 @@ func Create(ctx context.Context, env *Env, r Request, others []*Config) (*Group,
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	g := &Group{env: env, cfg: cfg, done: make(chan struct{})}
-	s, err := assemble(ctx, env, cfg, &g.health)
+	g := &Group{env: env, cfg: cfg, stats: newStats(len(cfg.Disks)), done: make(chan struct{})}
+	s, err := assemble(ctx, env, cfg, &g.health, g.stats)
 	if err == nil {
 		if err = cfg.save(dir); err != nil {
 			err = errors.Join(err, s.close())
@@ -96,7 +97,7 @@ func Open(env *Env, name string) (*Group, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Group{env: env, cfg: cfg, done: make(chan struct{})}, nil
+	return &Group{env: env, cfg: cfg, stats: newStats(len(cfg.Disks)), done: make(chan struct{})}, nil
 }
 
 // Start has a group of Open work. It does not fail where its disks or vault are
@@ -287,6 +288,7 @@ func (g *Group) start(s *session) {
 				g.live.Store(s)
 				err := s.run(ctx)
 				g.live.Store(nil)
+				g.stats.moved("offline", moveOffline)
 				g.fail(errors.Join(err, s.close()))
 				s = nil
 			}
@@ -299,7 +301,7 @@ func (g *Group) start(s *session) {
 }
 
 func (g *Group) try(ctx context.Context) *session {
-	s, err := assemble(ctx, g.env, g.cfg, &g.health)
+	s, err := assemble(ctx, g.env, g.cfg, &g.health, g.stats)
 	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 		return nil // the group is being stopped, and lacks nothing
 	}
@@ -357,6 +359,9 @@ func (g *Group) opened(ctx context.Context) *session {
 		}
 	}
 }
+
+// Stats counts what the group does.
+func (g *Group) Stats() *Stats { return g.stats }
 
 // Config is what the group was made with; it is not to be changed.
 func (g *Group) Config() *Config { return g.cfg }

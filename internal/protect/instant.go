@@ -107,6 +107,9 @@ func (l *Ledger) Prepare(ctx context.Context, groups []*Group, r MarkRequest) (P
 		return p.Prepared, nil
 	}
 	l.mu.Unlock()
+	for _, g := range groups {
+		g.stats.refuse()
+	}
 	if ctx = context.WithoutCancel(ctx); !l.revoke(ctx, p, "it could not be prepared") {
 		p.withdraw(ctx) // it was revoked while it was prepared
 	}

@@ -173,6 +173,9 @@ func (l *Ledger) Commit(ctx context.Context, name string) (Prepared, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.end(p, outcome{committed: true})
+	for n, m := range p.members {
+		m.group.stats.put(LastMark{Name: name, Time: p.Groups[n].Time, Barrier: p.Groups[n].Barrier, Held: p.Held})
+	}
 	return p.Prepared, err
 }
 
@@ -284,6 +287,11 @@ func (l *Ledger) revoke(ctx context.Context, p *pending, why string) bool {
 	if p.phase != "prepared" && p.phase != "preparing" {
 		l.mu.Unlock()
 		return false
+	}
+	for _, m := range p.members {
+		if p.phase == "prepared" {
+			m.group.stats.drop()
+		}
 	}
 	p.phase = "revoking"
 	l.mu.Unlock()

@@ -24,6 +24,7 @@ const (
 type mode struct {
 	now   Mode
 	floor Mode // data, or metadata where payloads are never captured
+	told  *Stats
 }
 
 func newMode(payload bool) mode {
@@ -45,6 +46,7 @@ const (
 
 // apply is the whole state machine.
 func (m *mode) apply(e modeEvent) {
+	was := m.now
 	switch {
 	case e == evSettled:
 		m.now = m.floor
@@ -52,5 +54,8 @@ func (m *mode) apply(e modeEvent) {
 		m.now = ModeBitmap
 	case e == evRangeOnly && m.now == ModeData:
 		m.now = ModeMetadata
+	}
+	if m.now != was {
+		m.told.moved(m.now, int(e))
 	}
 }

@@ -100,6 +100,9 @@ func (s *session) takeWrite(r *source.Record) error {
 	if err := s.append(&s.record); err != nil {
 		return fmt.Errorf("write of %s at %s: %w", s.cfg.Disks[r.Disk].Name, r.Range, err)
 	}
+	if s.stats.wrote(r, s.lastTime/int64(time.Second)); s.oldest == 0 {
+		s.oldest = s.record.Time
+	}
 	if s.gapOpen && r.Op != block.OpDiscard {
 		s.engine.Captured(r.Disk, r.Range, fill.Place(r.Place), s.position)
 	}
@@ -173,6 +176,12 @@ func (s *session) seal() error {
 	s.setFull(nil)
 	s.previous = sealed.Summary
 	s.source.Commit(s.place)
+	captured := s.builderSince
+	if s.oldest != 0 {
+		captured = time.Unix(0, s.oldest)
+	}
+	s.oldest = 0
+	s.stats.stored(sealed.Summary.Sequence, captured, sealed.Summary.Size)
 	s.pending.push(sealed.Summary.Sequence, s.builderSince, s.restorable())
 	s.builder.Reset()
 	s.marked = 0
@@ -197,6 +206,7 @@ func (s *session) rewind() {
 		w.taken = false
 	}
 	s.rewindMarks()
+	s.oldest = 0
 	s.builder.Reset()
 	s.marked, s.unsealed = 0, s.unsealed[:0]
 }
@@ -254,6 +264,7 @@ func (s *session) openGap(cause stream.Cause, ranges []block.DiskRange, drops ui
 		s.gapSince = first
 		s.gapOpen, s.settled = true, 0
 	}
+	s.stats.gap(cause, what == "gap opened")
 	for part := range chunks(ranges, gapRangesMax) {
 		s.position++
 		if err := s.append(&stream.Record{Kind: stream.KindGap, Cause: cause, Position: s.position, Time: s.now(), Ranges: part}); err != nil {

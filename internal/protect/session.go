@@ -85,6 +85,8 @@ type session struct {
 	resized    string // name of a disk that the kernel said has another size
 	forsaken   bool   // the tap must not be taken over: the history lacks that a disk changed
 
+	stats    *Stats
+	oldest   int64 // time of the oldest write in the segment under construction; 0: none
 	ledger   *Ledger
 	marks    []*mark // in the order of their instants
 	waiters  map[uint64]*waiter
@@ -293,6 +295,7 @@ func (s *session) settle() error {
 		return err
 	}
 	s.gapOpen, s.gapSince, s.settled = false, 0, from
+	s.stats.known()
 	s.mode.apply(evSettled)
 	s.filler.settle()
 	s.readable()

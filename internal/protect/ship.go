@@ -94,6 +94,7 @@ func (s *session) ship(ctx context.Context) error {
 			return err
 		}
 		s.pending.arrived(item.Sequence)
+		s.stats.arrived(item.Sequence)
 	}
 }
 

@@ -34,6 +34,7 @@ type Status struct {
 	Ring, RingUsed  int64
 	Spool           int64
 	Disks           []DiskStatus
+	Figures         Figures
 	Conditions      []health.Condition
 }
 
@@ -57,7 +58,7 @@ func (g *Group) Status(ctx context.Context) Status {
 	if s := g.current(); s != nil {
 		_ = s.ask(ctx, func() error { return s.describe(&out) }) // a session that is just ending is offline
 	}
-	out.Conditions = g.health.List()
+	out.Conditions, out.Figures = g.health.List(), g.stats.Figures()
 	return out
 }
 

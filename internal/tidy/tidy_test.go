@@ -86,13 +86,14 @@ var layer = map[string][]string{
 		"internal/restore", "internal/segment", "internal/source", "internal/spool", "internal/stream", "internal/tap", "internal/timeline", "internal/vault", "internal/vfs"},
 	"internal/doctor":           {"internal/block", "internal/disk", "internal/dm", "internal/front/...", "internal/health", "internal/loop", "internal/serve", "internal/splice", "internal/tap"},
 	"internal/control/api":      {"internal/block", "internal/health", "internal/stream"},
+	"internal/control/metrics":  {"internal/block", "internal/control/api", "internal/health"},
 	"internal/control/cuse":     {"internal/abi/fuse"},
 	"internal/control/blksnap":  {"internal/block", "internal/abi/blksnap", "internal/control/cuse", "internal/health"},
 	"internal/control/involflt": {"internal/block", "internal/stream", "internal/abi/involflt", "internal/control/cuse", "internal/health"},
 	"internal/daemon":           {"internal/..."},
 	"client":                    {"internal/batch", "internal/control/api"},
 	"client/example":            {"client"},
-	"cmd/tidemark": {"internal/batch", "internal/block", "internal/control/api", "internal/daemon", "internal/disk", "internal/segment", "internal/tap", "internal/mount", "internal/overlay", "internal/doctor", "internal/freeze", "internal/front/...", "internal/serve",
+	"cmd/tidemark": {"internal/batch", "internal/block", "internal/control/api", "internal/control/metrics", "internal/daemon", "internal/disk", "internal/segment", "internal/tap", "internal/mount", "internal/overlay", "internal/doctor", "internal/freeze", "internal/front/...", "internal/serve",
 		"internal/health", "internal/restore", "internal/stream", "internal/timeline", "internal/vault"},
 
 	// Tests. What they need from the rest they take as interfaces, so that any package's own tests can use them.

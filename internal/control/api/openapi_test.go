@@ -57,7 +57,8 @@ func TestOpenAPISchemas(t *testing.T) {
 	types := map[string]reflect.Type{
 		"Status": reflect.TypeFor[Status](), "Group": reflect.TypeFor[Group](), "Disk": reflect.TypeFor[Disk](),
 		"ProtectRequest": reflect.TypeFor[ProtectRequest](), "BookmarkRequest": reflect.TypeFor[BookmarkRequest](),
-		"Bookmark": reflect.TypeFor[Bookmark](), "LiveDisk": reflect.TypeFor[LiveDisk](), "MarkGroupsRequest": reflect.TypeFor[MarkGroupsRequest](), "Mark": reflect.TypeFor[Mark](), "MarkedGroup": reflect.TypeFor[MarkedGroup](), "Condition": reflect.TypeFor[health.Condition](),
+		"Bookmark": reflect.TypeFor[Bookmark](), "LiveDisk": reflect.TypeFor[LiveDisk](), "MarkGroupsRequest": reflect.TypeFor[MarkGroupsRequest](), "GroupStats": reflect.TypeFor[GroupStats](), "ModeMove": reflect.TypeFor[ModeMove](), "BookmarkCounts": reflect.TypeFor[BookmarkCounts](), "LastBookmark": reflect.TypeFor[LastBookmark](),
+		"Latency": reflect.TypeFor[Latency](), "Totals": reflect.TypeFor[Totals](), "Mark": reflect.TypeFor[Mark](), "MarkedGroup": reflect.TypeFor[MarkedGroup](), "Condition": reflect.TypeFor[health.Condition](),
 		"Device": reflect.TypeFor[Device](), "Filter": reflect.TypeFor[Filter](), "DeviceRequest": reflect.TypeFor[DeviceRequest](),
 		"ResizeRequest": reflect.TypeFor[ResizeRequest](), "FilterRequest": reflect.TypeFor[FilterRequest](), "SpliceRequest": reflect.TypeFor[SpliceRequest](), "ChangeMap": reflect.TypeFor[ChangeMap](), "ByteRange": reflect.TypeFor[ByteRange](),
 		"ChangesRequest": reflect.TypeFor[ChangesRequest](), "MarkRequest": reflect.TypeFor[MarkRequest](),

@@ -34,6 +34,7 @@ const (
 type Status struct {
 	Version string  `json:"version"`
 	Groups  []Group `json:"groups"`
+	Totals  Totals  `json:"totals"`
 	// Conditions are those of the daemon itself; each group has its own.
 	Conditions []health.Condition `json:"conditions"`
 }
@@ -54,6 +55,7 @@ type Group struct {
 	SpoolBytes       int64              `json:"spool_bytes"`
 	Disks            []Disk             `json:"disks"`
 	Consumers        []Consumer         `json:"consumers"`
+	Stats            GroupStats         `json:"stats"`
 	Conditions       []health.Condition `json:"conditions"`
 }
 
@@ -68,6 +70,12 @@ type Disk struct {
 	WrittenBytes uint64 `json:"written_bytes"`
 	LostWrites   uint64 `json:"lost_writes"`
 	FailedWrites uint64 `json:"failed_writes"`
+	// The rest counts since the daemon began.
+	TakenWrites    uint64   `json:"taken_writes"`
+	TakenBytes     uint64   `json:"taken_bytes"` // with their content
+	ZeroedBytes    uint64   `json:"zeroed_bytes"`
+	DiscardedBytes uint64   `json:"discarded_bytes"`
+	WriteSizes     []uint64 `json:"write_sizes"` // by class: up to 512 bytes, 1 KiB, ... 8 MiB, and above
 }
 
 // ProtectRequest is the body of POST /v1/groups. Zero settings mean the defaults.

@@ -1,0 +1,137 @@
+package live
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"tidemark/internal/control/api"
+	"tidemark/internal/testkit"
+	"tidemark/internal/testkit/program"
+)
+
+// TestStatistics: what a status tells of writes and bookmarks is what was done,
+// and a scrape tells the same.
+func TestStatistics(t *testing.T) {
+	eachSeed(t, func(t *testing.T, rng *rand.Rand) {
+		dir := testkit.Dir(t)
+		socket := filepath.Join(dir, "metrics")
+		m := newMarked(t, rng, true, "--metrics", socket)
+		var sizes [2][]int64
+		for i, f := range m.c.disks {
+			for range 5 {
+				n := int64(512) << rng.IntN(5)
+				if _, err := f.WriteAt(aligned(t, int(n)), rng.Int64N(8)<<20); err != nil {
+					t.Fatal(err)
+				}
+				sizes[i] = append(sizes[i], n)
+			}
+		}
+		m.d.Run("bookmark", "ga", "alone")
+		m.d.Run("bookmark", "ga", "gb", "both")
+		m.d.Run("bookmark", "--prepare", "ga", "gb", "taken-back")
+		m.d.Run("bookmark", "--revoke", "taken-back")
+		m.d.Refused(exitInUse, "bookmark", "ga", "alone")
+		var st api.Status
+		program.Eventually(t, patience, "all is in the vault", func() error {
+			if err := json.Unmarshal([]byte(m.d.Run("status", "--json")), &st); err != nil {
+				t.Fatal(err)
+			}
+			for _, g := range st.Groups {
+				if durable, vault := all(g.Stats.Durable), all(g.Stats.Vault); g.Stats.PendingBytes > 0 || durable == 0 || vault != durable || len(st.Groups) != 2 {
+					return fmt.Errorf("group %s: %d bytes pending, %d segments in the spool, %d in the vault", g.Name, g.Stats.PendingBytes, durable, vault)
+				}
+			}
+			return nil
+		})
+		for i, g := range st.Groups {
+			d := g.Disks[0]
+			want := make([]uint64, len(d.WriteSizes))
+			var bytes uint64
+			for _, n := range sizes[i] {
+				bytes += uint64(n)
+				for class := range want {
+					if n == 512<<class {
+						want[class]++
+					}
+				}
+			}
+			if d.TakenWrites != 5 || d.TakenBytes != bytes {
+				t.Errorf("group %s: %d writes of %d bytes, want 5 of %d", g.Name, d.TakenWrites, d.TakenBytes, bytes)
+			}
+			for class := range want {
+				if d.WriteSizes[class] != want[class] {
+					t.Errorf("group %s: %v writes by size, want %v", g.Name, d.WriteSizes, want)
+					break
+				}
+			}
+			if g.Stats.Gaps["initial"] != 1 || g.Stats.ModeSeconds[api.ModeData] <= 0 {
+				t.Errorf("group %s: %+v", g.Name, g.Stats)
+			}
+		}
+		if a, b := st.Groups[0].Stats.Bookmarks, st.Groups[1].Stats.Bookmarks; a != (api.BookmarkCounts{Cut: 2, Refused: 1, Dropped: 1}) || b != (api.BookmarkCounts{Held: 1, Dropped: 1}) {
+			t.Errorf("bookmarks %+v and %+v", a, b)
+		}
+		if l := st.Groups[1].Stats.LastBookmark; l == nil || l.Name != "both" || l.Barrier != "held" || l.HeldSeconds <= 0 {
+			t.Errorf("the last bookmark: %+v", l)
+		}
+		if st.Totals.Bookmarks != (api.BookmarkCounts{Cut: 2, Held: 1, Refused: 1, Dropped: 2}) {
+			t.Errorf("totals %+v", st.Totals)
+		}
+		text := m.d.Run("status", "gb")
+		for _, want := range []string{"0 put by a cut, 1 with writes held, 0 refused, 1 dropped; the last was both, barrier held", "1 initial", "WRITES OF AT MOST", "durable    half within"} {
+			if !strings.Contains(text, want) {
+				t.Errorf("%q is not in\n%s", want, text)
+			}
+		}
+		text = scrape(t, socket)
+		for _, want := range []string{`tidemark_group_bookmarks_total{group="gb",outcome="held"} 1`, `tidemark_group_state{group="ga",state="protected"} 1`, `tidemark_disk_write_size_bytes_count{disk="served",group="gb"} 5`} {
+			if !strings.Contains(text, want) {
+				t.Errorf("%s is not in\n%s", want, text)
+			}
+		}
+		m.d.Kill()
+		m.d.Start() // over the socket that is left
+		if text := scrape(t, socket); !strings.Contains(text, "tidemark_up 1") {
+			t.Error(text)
+		}
+		m.d.Stop()
+		if _, err := os.Stat(socket); err == nil {
+			t.Error("the socket is left behind")
+		}
+		m.d.Start()
+	})
+}
+
+func all(l api.Latency) (n uint64) {
+	for _, c := range l.Counts {
+		n += c
+	}
+	return n
+}
+
+// scrape reads the metrics at a unix socket.
+func scrape(t *testing.T, socket string) string {
+	t.Helper()
+	c := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	}}}
+	answer, err := c.Get("http://tidemark/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	b, err := io.ReadAll(answer.Body)
+	if err != nil || answer.StatusCode != http.StatusOK {
+		t.Fatalf("%s, %v: %s", answer.Status, err, b)
+	}
+	return string(b)
+}
