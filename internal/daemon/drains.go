@@ -35,7 +35,8 @@ func (s *service) openConsumers(g *protect.Group) {
 		Source: func() (drain.Source, error) {
 			sealed, err := g.Sealed()
 			return sealedStream{sealed}, err
-		}}
+		},
+		Committed: g.Stats().Drained}
 	for _, d := range cfg.Disks {
 		c.Disks = append(c.Disks, drain.Disk{Name: d.Name, Size: d.Size, SectorSize: d.SectorSize})
 	}

@@ -28,6 +28,8 @@ type Config struct {
 	Disks []Disk
 	// Source gives the group's stream as it is now; an error where it is away.
 	Source func() (Source, error)
+	// Committed, if there is one, is told with each commit when its newest record was captured.
+	Committed func(captured time.Time)
 }
 
 // Group is a group's consumers. Its methods may be called concurrently.
@@ -261,7 +263,14 @@ func (g *Group) Commit(ctx context.Context, name string, number uint64) error {
 	if err != nil {
 		in = nil // what was given by this daemon can be committed all the same
 	}
-	return c.commit(ctx, in, number)
+	before := c.told.Load().saved.number
+	if err := c.commit(ctx, in, number); err != nil {
+		return err
+	}
+	if is := c.told.Load().saved; g.cfg.Committed != nil && is.stage == records && is.number > before {
+		g.cfg.Committed(time.Unix(0, is.time))
+	}
+	return nil
 }
 
 // Clear drops what is pending. It comes as one fill, unless skip: then the

@@ -237,7 +237,7 @@ func (s *Stats) drop() {
 	}
 }
 
-// Drained notes that a consumer has committed what was captured at a time: the hook of a drain.
+// Drained notes that a consumer has committed a batch whose newest record was captured at a time.
 func (s *Stats) Drained(captured time.Time) {
 	if s != nil {
 		s.drained.observe(time.Since(captured))

@@ -3,6 +3,7 @@ package live
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -10,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -40,6 +42,7 @@ func TestStatistics(t *testing.T) {
 		m.d.Run("bookmark", "--prepare", "ga", "gb", "taken-back")
 		m.d.Run("bookmark", "--revoke", "taken-back")
 		m.d.Refused(exitInUse, "bookmark", "ga", "alone")
+		m.drainAll("ga")
 		var st api.Status
 		program.Eventually(t, patience, "all is in the vault", func() error {
 			if err := json.Unmarshal([]byte(m.d.Run("status", "--json")), &st); err != nil {
@@ -83,6 +86,9 @@ func TestStatistics(t *testing.T) {
 		if l := st.Groups[1].Stats.LastBookmark; l == nil || l.Name != "both" || l.Barrier != "held" || l.HeldSeconds <= 0 {
 			t.Errorf("the last bookmark: %+v", l)
 		}
+		if a, b := all(st.Groups[0].Stats.Drained), all(st.Groups[1].Stats.Drained); a == 0 || b != 0 {
+			t.Errorf("%d batches of ga were drained, %d of gb, which has no consumer", a, b)
+		}
 		if st.Totals.Bookmarks != (api.BookmarkCounts{Cut: 2, Held: 1, Refused: 1, Dropped: 2}) {
 			t.Errorf("totals %+v", st.Totals)
 		}
@@ -110,6 +116,22 @@ func TestStatistics(t *testing.T) {
 		m.d.Start()
 	})
 }
+
+// drainAll commits a consumer's batches up to the newest.
+func (m *marked) drainAll(group string) {
+	m.t.Helper()
+	for n := 1; ; n++ {
+		if _, err := m.d.Verb("drain", "next", group, "c", "--to", filepath.Join(m.d.Dir, "batch")); err != nil {
+			if e := (*program.Error)(nil); n == 1 || !errors.As(err, &e) || e.Exit != exitNothing {
+				m.t.Fatal(err)
+			}
+			return
+		}
+		m.d.Run("drain", "commit", group, "c", strconv.Itoa(n))
+	}
+}
+
+const exitNothing = 12
 
 func all(l api.Latency) (n uint64) {
 	for _, c := range l.Counts {

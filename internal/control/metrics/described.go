@@ -28,7 +28,7 @@ var described = []description{
 	describe("group_bookmarks_total", "bookmarks put (cut: no writer held; held: new writes waited), refused, and dropped (prepared and revoked)", "group", "outcome"),
 	describe("group_durable_seconds", "from the capture of a segment's oldest write to the spool", "group"),
 	describe("group_vault_seconds", "from the capture of a segment's oldest write to the vault", "group"),
-	describe("group_drained_seconds", "from capture to the commit of a consumer of the drain", "group"),
+	describe("group_drained_seconds", "from the capture of a batch's newest record to its commit by a consumer of the drain", "group"),
 	describe("disk_size_bytes", "size of the disk", "group", "disk"),
 	describe("disk_gap_bytes", "of the disk, not known to the history", "group", "disk"),
 	describe("disk_lost_writes_total", "writes that are gaps, since the capture began", "group", "disk"),
