@@ -77,18 +77,13 @@ func (c *Consumer) Next(ctx context.Context, after uint64) (*Batch, error) {
 	}
 	defer body.Close()
 	b, err := batch.Read(body)
+	if errors.Is(err, batch.ErrDamaged) || errors.Is(err, batch.ErrVersion) {
+		return nil, fmt.Errorf("%w: group %s, consumer %s: %w", ErrDamaged, c.group, c.name, err)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: group %s, consumer %s: %w", cutOff(err), c.group, c.name, err)
+		return nil, known(err)
 	}
 	return batchOf(b), nil
-}
-
-// cutOff tells a batch that did not arrive as a whole from one that is wrong.
-func cutOff(err error) error {
-	if errors.Is(err, batch.ErrDamaged) || errors.Is(err, batch.ErrVersion) {
-		return ErrDamaged
-	}
-	return ErrUnreachable
 }
 
 // Commit says that the consumer has every batch up to a number for good: they

@@ -89,7 +89,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	host, _ := os.Hostname() // only told to people
-	svc := &service{version: cfg.Version, groups: map[string]*protect.Group{}, batches: make(chan struct{}, batchesMax), env: &protect.Env{
+	svc := &service{version: cfg.Version, groups: map[string]*protect.Group{}, env: &protect.Env{
 		StateDir: cfg.StateDir, Instance: instance, Log: cfg.Log,
 		Holder: vault.Holder{Host: host, PID: os.Getpid(), Instance: instance, Since: time.Now()},
 	}}

@@ -40,20 +40,29 @@ func (s *service) openConsumers(g *protect.Group) {
 	for _, d := range cfg.Disks {
 		c.Disks = append(c.Disks, drain.Disk{Name: d.Name, Size: d.Size, SectorSize: d.SectorSize})
 	}
-	consumers, err := drain.Open(c)
+	all, err := drain.Open(c)
 	if err != nil {
 		s.health.Raise(health.Condition{Code: "consumers-unreadable", Severity: health.Error, Subject: cfg.Name,
 			Detail: "The group's consumers cannot be read, and get nothing: " + err.Error(), Remedy: "Make " + c.Dir + " readable and start the daemon again."})
 		return
 	}
 	if s.drains == nil {
-		s.drains = map[string]*drain.Group{}
+		s.drains = map[string]*consumers{}
 	}
-	s.drains[cfg.Name] = consumers
+	s.drains[cfg.Name] = &consumers{Group: all, batches: make(chan struct{}, batchesMax)}
 }
 
+// consumers are those of a group.
+type consumers struct {
+	*drain.Group
+	batches chan struct{} // holds one for each batch that is made or on its way
+}
+
+// batchesMax bounds those of one group.
+const batchesMax = 4
+
 // consumers are a group's.
-func (s *service) consumers(group string) (*drain.Group, error) {
+func (s *service) consumers(group string) (*consumers, error) {
 	if _, err := s.find(group); err != nil {
 		return nil, err
 	}
@@ -93,21 +102,18 @@ func (b body) Close() error {
 	return nil
 }
 
-// batchesMax bounds the batches that are made or on their way at once.
-const batchesMax = 8
-
 func (s *service) DrainNext(ctx context.Context, group, consumer string, r api.DrainRequest) (io.ReadCloser, error) {
 	d, err := s.consumers(group)
 	if err != nil {
 		return nil, err
 	}
 	select {
-	case s.batches <- struct{}{}:
+	case d.batches <- struct{}{}:
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	done := func() { <-s.batches }
-	b, err := s.nextBatch(ctx, d, group, consumer, r)
+	done := func() { <-d.batches }
+	b, err := s.nextBatch(ctx, d.Group, group, consumer, r)
 	if err != nil {
 		done()
 		return nil, coded(err)
@@ -216,6 +222,21 @@ func (s *service) consumersOf(group string) []api.Consumer {
 			a.Error = c.Err.Error()
 		}
 		out = append(out, a)
+	}
+	return out
+}
+
+// conditionsOf says what of a group's consumers somebody should know.
+func conditionsOf(group string, all []api.Consumer) (out []health.Condition) {
+	for _, c := range all {
+		switch {
+		case c.Error != "":
+			out = append(out, health.Condition{Code: "consumer-damaged", Severity: health.Error, Subject: group, Detail: c.Error,
+				Remedy: "Remove the consumer (drain rm --force), and begin anew with a copy that is a point, or empty."})
+		case c.Cleared:
+			out = append(out, health.Condition{Code: "consumer-needs-fill", Severity: health.Info, Subject: group,
+				Detail: fmt.Sprintf("What was pending for consumer %s was cleared: its copy is not right until it has had a fill.", c.Name), Remedy: "Nothing: the fill is its next batch."})
+		}
 	}
 	return out
 }

@@ -46,10 +46,8 @@ type service struct {
 	making sync.Mutex // one group is made at a time; a vault that hangs must not keep status waiting
 	mu     sync.Mutex // held for a moment
 	groups map[string]*protect.Group
-	drains map[string]*drain.Group // the groups' consumers
+	drains map[string]*consumers // of the groups
 	copies copies
-
-	batches chan struct{} // holds one for each batch that is made or on its way
 }
 
 var _ api.Service = (*service)(nil)
@@ -185,6 +183,7 @@ func realPath(path string) string {
 func (s *service) groupOf(st protect.Status) api.Group {
 	out := groupOf(st)
 	out.Consumers = s.consumersOf(st.Name)
+	out.Conditions = append(out.Conditions, conditionsOf(st.Name, out.Consumers)...)
 	return out
 }
 

@@ -29,7 +29,7 @@ type consumer struct {
 	saved state   // durable, but for records passed that are nothing to it
 	given []state // behind each batch that was given and not committed, in order
 	noted uint64  // the newest batch that a daemon before this one gave
-	gone  bool
+	gone  atomic.Bool
 
 	told atomic.Pointer[told] // for who must not wait until a batch is made
 }
@@ -43,6 +43,9 @@ type told struct {
 // unlock tells how it is now, and lets others at the consumer.
 func (c *consumer) unlock() {
 	c.told.Store(&told{c.saved, len(c.given)})
+	if c.gone.Load() {
+		c.m.drop()
+	}
 	c.mu.Unlock()
 }
 
@@ -54,7 +57,7 @@ func (c *consumer) newest() uint64 { return c.saved.number + uint64(len(c.given)
 func (c *consumer) next(ctx context.Context, in Source, after uint64) (*Batch, error) {
 	c.mu.Lock()
 	defer c.unlock()
-	if c.gone {
+	if c.gone.Load() {
 		return nil, ErrStopped
 	}
 	c.m.in = in
@@ -123,7 +126,7 @@ func (c *consumer) commit(ctx context.Context, in Source, number uint64) error {
 	c.mu.Lock()
 	defer c.unlock()
 	switch {
-	case c.gone:
+	case c.gone.Load():
 		return ErrStopped
 	case number == c.saved.number && number > 0:
 		return nil // again: the answer to the first may have been lost
@@ -150,7 +153,7 @@ func (c *consumer) commit(ctx context.Context, in Source, number uint64) error {
 func (c *consumer) pending(ctx context.Context, in Source, after uint64, bytes int64) (p Pending, err error) {
 	c.mu.Lock()
 	defer c.unlock()
-	if c.gone {
+	if c.gone.Load() {
 		return p, ErrStopped
 	}
 	c.m.in = in
@@ -189,7 +192,7 @@ type Pending struct {
 func (c *consumer) clear(in Source, skip bool) error {
 	c.mu.Lock()
 	defer c.unlock()
-	if c.gone {
+	if c.gone.Load() {
 		return ErrStopped
 	}
 	newest, ok := in.Newest()
@@ -253,14 +256,20 @@ func (c *consumer) status(in Source) Status {
 	return out
 }
 
-// close ends the consumer; remove also takes its state away.
-func (c *consumer) close(remove bool) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.m.drop()
-	c.gone = true
-	if remove {
-		return c.file.remove()
+// close ends the consumer. It does not wait for a batch that is being made: a
+// vault that hangs must not keep the daemon from ending.
+func (c *consumer) close() {
+	c.gone.Store(true)
+	if c.mu.TryLock() {
+		c.m.drop()
+		c.mu.Unlock()
 	}
-	return nil
+}
+
+// remove ends the consumer and takes its state away.
+func (c *consumer) remove() error {
+	c.mu.Lock()
+	defer c.unlock()
+	c.gone.Store(true)
+	return c.file.remove()
 }

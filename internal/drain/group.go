@@ -301,7 +301,7 @@ func (g *Group) Remove(ctx context.Context, name string, force bool) error {
 			return err
 		}
 	}
-	if err := c.close(true); err != nil {
+	if err := c.remove(); err != nil {
 		return err
 	}
 	g.mu.Lock()
@@ -422,6 +422,6 @@ func (g *Group) Wake() {
 func (g *Group) Close() {
 	close(g.stop)
 	for _, c := range g.all() {
-		_ = c.close(false) // nothing is removed
+		c.close()
 	}
 }

@@ -100,7 +100,7 @@ var layer = map[string][]string{
 	"internal/sim":             {"internal/block", "internal/vfs"},
 	"internal/testkit":         {"internal/block", "internal/loop"},
 	"internal/testkit/program": {"internal/testkit"},
-	"test/bench":               {"internal/..."},
+	"test/bench":               {"client", "internal/..."},
 	"test/live":                {"client", "internal/..."},
 	"internal/tidy":            {},
 	"test/vm":                  {"internal/..."},

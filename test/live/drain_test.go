@@ -65,7 +65,7 @@ func (r *replicator) kill() {
 }
 
 // TestReplica: the example program keeps a copy of a disk under load. Daemon and
-// program are killed again and again; the copy at each bookmark is what restore
+// program are killed again and again, and the tap is lost once; the copy at each bookmark is what restore
 // gives for it, and at the end it is the disk.
 func TestReplica(t *testing.T) {
 	eachSeed(t, func(t *testing.T, rng *rand.Rand) {
@@ -99,16 +99,21 @@ func TestReplica(t *testing.T) {
 			}
 		})
 		var marks []string
+		lost := rng.IntN(5)
 		for i := range 6 {
-			d.Await("g", "online", online)
+			d.Await("g", "consistent", func(g *program.Group) bool { return g.Since > 0 })
 			mark := fmt.Sprint("mark", i)
 			d.Run("bookmark", "g", mark)
 			marks = append(marks, mark)
-			switch rng.IntN(3) {
-			case 0:
+			switch k := rng.IntN(3); {
+			case i == lost: // as a reboot does: a gap, and a fill with what differs
+				d.Kill()
+				d.LoseTap()
+				d.Start()
+			case k == 0:
 				r.kill()
 				r.start()
-			case 1:
+			case k == 1:
 				d.Restart()
 			default:
 				r.kill()
@@ -121,7 +126,7 @@ func TestReplica(t *testing.T) {
 		d.Settle("g")
 		d.Run("bookmark", "g", "last")
 		d.Settle("g")
-		drained(t, d, "g", "copy")
+		drained(t, d, "g", "copy", func() string { r.kill(); return r.out.String() })
 		r.kill()
 
 		for _, mark := range append(marks, "last") {
@@ -166,8 +171,13 @@ func consumerOf(t *testing.T, d *program.Daemon, group, name string) consumer {
 }
 
 // drained waits until a consumer has committed everything.
-func drained(t *testing.T, d *program.Daemon, group, name string) {
+func drained(t *testing.T, d *program.Daemon, group, name string, said func() string) {
 	t.Helper()
+	defer func() {
+		if t.Failed() {
+			t.Logf("the consumer said:\n%s", said())
+		}
+	}()
 	program.Eventually(t, patience, "consumer "+name+" has everything", func() error {
 		if c := consumerOf(t, d, group, name); c.Behind > 0 || c.NeedsFill {
 			return fmt.Errorf("it is %+v", c)
@@ -222,6 +232,9 @@ func TestDrainByHand(t *testing.T) {
 	d.Run("drain", "clear", "g", "c")
 	if c := consumerOf(t, d, "g", "c"); !c.NeedsFill || !c.Cleared {
 		t.Errorf("cleared: %+v", c)
+	}
+	if g := d.Group("g"); !g.Has("consumer-needs-fill") {
+		t.Errorf("status does not say that the consumer needs a fill: %+v", g.Conditions)
 	}
 	text := d.Run("drain", "next", "g", "c", "--json", "--to", file(5))
 	if !strings.Contains(text, `"kind":"fill"`) || !strings.Contains(text, fmt.Sprintf(`"offset":%d`, mib)) {

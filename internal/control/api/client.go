@@ -63,9 +63,29 @@ func call[T any](ctx context.Context, c *Client, method, path string, body any) 
 	}
 	defer resp.Body.Close()
 	if err := json.NewDecoder(resp.Body).Decode(&out); err != nil {
-		return out, fmt.Errorf("daemon at %s: %w", c.socket, err)
+		return out, c.gone(err)
 	}
 	return out, nil
+}
+
+// gone is a daemon that has not answered, or not to the end.
+func (c *Client) gone(err error) error {
+	return &Error{Code: CodeNoDaemon, Message: fmt.Sprintf("the daemon at %s went away before it answered: %v", c.socket, err),
+		Remedy: "Start it again; tidemark status tells whether it was done.", err: err}
+}
+
+// answered is an answer that is read by others, who learn when the daemon goes away in its middle.
+type answered struct {
+	io.ReadCloser
+	c *Client
+}
+
+func (a answered) Read(p []byte) (int, error) {
+	n, err := a.ReadCloser.Read(p)
+	if err != nil && err != io.EOF { // it comes as itself
+		err = a.c.gone(err)
+	}
+	return n, err
 }
 
 // send gives the answer to a request that was not refused; its body is to be closed.
@@ -95,8 +115,7 @@ func (c *Client) send(ctx context.Context, method, path string, body any) (*http
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("daemon at %s: %w", c.socket, err)
 		}
-		return nil, &Error{Code: CodeNoDaemon, Message: fmt.Sprintf("the daemon at %s went away before it answered: %v", c.socket, errors.Unwrap(err)),
-			Remedy: "Start it again; tidemark status tells whether it was done.", err: err}
+		return nil, c.gone(errors.Unwrap(err))
 	}
 	if resp.StatusCode >= 300 {
 		defer resp.Body.Close()

@@ -136,7 +136,7 @@ func (c *Client) DrainNext(ctx context.Context, group, consumer string, r DrainR
 	if err != nil {
 		return nil, err
 	}
-	return resp.Body, nil
+	return answered{resp.Body, c}, nil
 }
 
 func (c *Client) DrainCommit(ctx context.Context, group, consumer string, r DrainCommit) error {
