@@ -25,7 +25,9 @@ const (
 // Follow applies what the consumer gets until ctx ends or something fails that
 // waiting does not mend: its error, or that of the follower. A daemon that goes
 // away and comes back is waited for. While one batch is applied the next is
-// fetched. A bookmark, the end of a fill and a pause are committed at once.
+// fetched. A bookmark, the end of a fill and a pause are committed at once, and
+// nothing is applied before: at a bookmark the copy is just what the source was
+// then, also where it comes again.
 func (c *Consumer) Follow(ctx context.Context, f Follower) error {
 	s := following{c: c, f: f}
 	retry := retryFirst
@@ -62,6 +64,7 @@ type following struct {
 	dirty     bool   // something is not committed
 	ahead     chan fetched
 	unsettled bool // inside a fill
+	due       bool // nothing more is applied before what was is committed
 }
 
 type fetched struct {
@@ -71,6 +74,9 @@ type fetched struct {
 
 // step applies one batch, or waits for one.
 func (s *following) step(ctx context.Context) error {
+	if s.due { // a bookmark that comes again must find the copy as it left it
+		return s.commit(ctx)
+	}
 	b, err := s.take(ctx)
 	if errors.Is(err, ErrNothing) {
 		if err := s.commit(ctx); err != nil {
@@ -91,9 +97,7 @@ func (s *following) step(ctx context.Context) error {
 	s.after, s.applied, s.dirty = b.Number, s.applied+b.Bytes(), true
 	ended := s.unsettled && b.Consistent
 	s.unsettled = !b.Consistent
-	if b.Kind == Bookmark || ended || s.applied >= commitEvery {
-		return s.commit(ctx)
-	}
+	s.due = b.Kind == Bookmark || ended || s.applied >= commitEvery
 	return nil
 }
 
@@ -129,6 +133,6 @@ func (s *following) commit(ctx context.Context) error {
 	if err := s.c.Commit(ctx, s.after); err != nil {
 		return err
 	}
-	s.applied, s.dirty = 0, false
+	s.applied, s.dirty, s.due = 0, false, false
 	return nil
 }
