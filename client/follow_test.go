@@ -20,7 +20,9 @@ import (
 type daemon struct {
 	committed, given, last uint64
 	answers                int
-	cut                    int // every so many answers
+	cut                    int    // every so many answers
+	heard                  func() // called at the last of these
+	deaf                   int    // this many commits get no answer, and are not done
 }
 
 func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -34,6 +36,11 @@ func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch after := max(in.After, d.committed); {
 	case strings.HasSuffix(r.URL.Path, "/wait"):
 		fmt.Fprint(&out, `{}`)
+	case strings.HasSuffix(r.URL.Path, "/commit") && d.deaf > 0:
+		if d.deaf--; d.deaf == 0 {
+			d.heard()
+		}
+		panic(http.ErrAbortHandler)
 	case strings.HasSuffix(r.URL.Path, "/commit") && in.Number <= d.given && in.Number >= d.committed:
 		d.committed = in.Number
 		fmt.Fprint(&out, `{}`)
@@ -50,9 +57,10 @@ func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		e.WriteTo(&out) // into memory
 	}
 	d.answers++
-	if d.answers%d.cut == 0 {
+	if d.cut > 0 && d.answers%d.cut == 0 {
 		w.Header().Set("Content-Length", fmt.Sprint(out.Len()))
 		_, _ = w.Write(out.Bytes()[:out.Len()/2])
+		w.(http.Flusher).Flush()
 		panic(http.ErrAbortHandler)
 	}
 	_, _ = w.Write(out.Bytes())
@@ -113,6 +121,28 @@ func TestFollowThroughCuts(t *testing.T) {
 		if newest != last {
 			t.Errorf("every %d answers cut: applied %v", cut, c.seen)
 		}
+	}
+}
+
+// TestBookmarkFirst: nothing is applied behind a bookmark that could not be
+// committed, so that whoever is killed then finds the copy at it again.
+func TestBookmarkFirst(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	srv := &http.Server{Handler: serial(&daemon{last: 5, deaf: 3, heard: cancel})}
+	go srv.Serve(l)
+	defer srv.Close()
+	c := &collector{end: cancel}
+	if err := Dial(path).Consumer("g", "c", Options{}).Follow(ctx, c); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	if len(c.seen) != 1 {
+		t.Errorf("applied while bookmark 1 could not be committed: %v", c.seen)
 	}
 }
 

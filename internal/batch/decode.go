@@ -2,7 +2,6 @@ package batch
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 
@@ -27,10 +26,10 @@ type sizes struct {
 func Read(r io.Reader) (*Batch, error) {
 	head := make([]byte, headerSize)
 	if _, err := io.ReadFull(r, head); err != nil {
-		if errors.Is(err, io.ErrUnexpectedEOF) {
-			err = damaged("it ends inside its header")
+		if err == io.EOF {
+			return nil, err
 		}
-		return nil, err
+		return nil, ended(err, "header")
 	}
 	out := &Batch{}
 	z, err := out.Header.parse(head)
@@ -78,8 +77,10 @@ func part(r io.Reader, n int64, what string) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
+// ended is what an end means that came too early. One that r itself tells of in
+// other words, as of a connection that was cut, stays what it is.
 func ended(err error, what string) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		return damaged("it ends inside its %s", what)
 	}
 	return err

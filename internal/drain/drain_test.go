@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"tidemark/internal/segment"
 	"tidemark/internal/sim"
+	"tidemark/internal/stream"
 )
 
 // newReplica is a consumer of a story of which nothing is revealed yet.
@@ -53,6 +55,82 @@ func TestWrongCommits(t *testing.T) {
 	}
 	if _, err := c.g.Next(t.Context(), "c", 9); !errors.Is(err, ErrCommit) {
 		t.Errorf("next behind one that was not given: %v", err)
+	}
+}
+
+// TestGivenBefore: what a daemon gave before it was killed can be committed, and
+// gone on from, with the next one; batches are what they were.
+func TestGivenBefore(t *testing.T) {
+	for seed := range uint64(8) {
+		c := newReplica(t, seed, Options{})
+		c.in.more(1000)
+		for n := range uint64(12) {
+			if more, err := c.take(n); !more || err != nil {
+				t.Fatal(more, err)
+			}
+		}
+		if err := c.restart(false); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.g.Commit(t.Context(), "c", 13); !errors.Is(err, ErrCommit) {
+			t.Errorf("commit of one that was not given: %v", err)
+		}
+		if _, err := c.take(9); err != nil { // which holds it against what it was
+			t.Fatal(err)
+		}
+		if err := c.restart(false); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.commit(10); err != nil {
+			t.Fatal(err)
+		}
+		for n := uint64(10); n < 12; n++ {
+			if _, err := c.take(n); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// TestFromPoint: a consumer whose copy is a point already gets what follows it,
+// wherever in its stretch that lies.
+func TestFromPoint(t *testing.T) {
+	for seed := range seeds(20) {
+		c := newReplica(t, seed, Options{})
+		c.in.more(1000)
+		all := append(slices.Clone(c.s.stretches), [2]stream.Position{c.s.state.Settled, c.s.pos})
+		st := all[c.r.IntN(len(all))]
+		p := st[0] + stream.Position(c.r.Int64N(int64(st[1]-st[0])+1))
+		o := Options{From: Start{Position: p}}
+		for n := range c.s.segments {
+			if s, err := c.in.Open(t.Context(), uint64(n+1)); err != nil {
+				t.Fatal(err)
+			} else if s.Close(); s.Summary().First <= p && p <= s.Summary().Last {
+				o.From.Sequence = uint64(n + 1)
+			}
+		}
+		for d, image := range c.s.at(p) {
+			copy(c.copy[d], image)
+		}
+		c.name, c.reached, c.right, c.first = "other", p, true, p
+		if err := c.g.Make(t.Context(), c.name, o); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			more, err := c.take(0)
+			if err == nil && more {
+				err = c.commit(c.acked + 1)
+			}
+			if err != nil {
+				t.Fatalf("seed %d, from %d: %v", seed, p, err)
+			}
+			if !more {
+				break
+			}
+		}
+		if now := c.g.consumers[c.name].saved; !c.right || now.at != c.s.pos {
+			t.Errorf("seed %d: from %d to %d, right %t; the stream ends at %d", seed, p, now.at, c.right, c.s.pos)
+		}
 	}
 }
 
