@@ -181,6 +181,31 @@ func (s *Snapshot) lose(why error) error {
 	return err
 }
 
+// Bypassed spoils for good what is held of a device that was written to past its
+// filters. One that was only prepared is of the device as it is when it is taken.
+func (t *Set) Bypassed(device string, why error) error {
+	var errs []error
+	for _, s := range t.all() {
+		errs = append(errs, s.bypassed(device, why))
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Snapshot) bypassed(device string, why error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	man := s.manifest()
+	i := slices.IndexFunc(man.Devices, func(d manifestDevice) bool { return d.Name == device })
+	switch {
+	case i < 0 || s.ended != nil || man.State != stateTaken || man.Lost != "":
+		return nil
+	case i < len(s.images):
+		s.images[i].Spoil(why) // which is noted in the storage
+		return nil
+	}
+	return s.change(func(m *manifest) { m.Lost = why.Error() })
+}
+
 // reopen takes the files over again, where they are to be found.
 func (s *Snapshot) reopen() error {
 	var errs []error

@@ -469,3 +469,73 @@ func TestSpoiledStaysSpoiled(t *testing.T) {
 		}
 	}
 }
+
+// TestBypassed: what is held of a device that was written to past its filters is
+// spoiled for good, also where the device was away when that was found out. What is
+// held of others is not.
+func TestBypassed(t *testing.T) {
+	d0, d1, store := sim.NewDisk(mib), sim.NewDisk(mib), sim.NewDisk(8*mib)
+	cfg := Config{Dir: t.TempDir(), Memory: t.TempDir(), BootID: "one", Locate: func(string) (Place, error) { return Place{Device: store}, nil }}
+	r := newRig(t, cfg, d0, d1)
+	past := errors.New("written past")
+	var ids []ID
+	for i, name := range []string{"d0", "d1"} {
+		id, _ := r.taken(t, Request{Devices: []string{name}, Storage: []Storage{{Path: "store", Ranges: []block.Range{{Off: int64(i) * 2 * mib, Len: 2 * mib}}}}})
+		ids = append(ids, id)
+	}
+	spoiled := func(when string, want ...bool) {
+		t.Helper()
+		for n, id := range ids {
+			images, err := r.set.Images(id)
+			if err == nil {
+				_, err = images[0].Image.ReadAt(make([]byte, 512), 0)
+			}
+			if errors.Is(err, diff.ErrSpoiled) != want[n] {
+				t.Errorf("%s: of d%d: %v", when, n, err)
+			}
+		}
+	}
+	restart := func(disks ...block.Device) {
+		t.Helper()
+		if err := r.set.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		r = newRig(t, cfg, disks...)
+	}
+	if err := r.set.Bypassed("d1", past); err != nil {
+		t.Fatal(err)
+	}
+	spoiled("while it is held", false, true)
+	restart(d0, d1)
+	spoiled("after a restart", false, true)
+	restart()
+	if err := r.set.Bypassed("d0", past); err != nil {
+		t.Fatal(err)
+	}
+	restart(d0, d1)
+	spoiled("it was away", true, true)
+}
+
+// TestMadeAnew: a prepared snapshot is taken of the device that has the name then.
+func TestMadeAnew(t *testing.T) {
+	r, other := newRig(t, Config{}, sim.NewDisk(mib)), newRig(t, Config{}, sim.NewDisk(mib))
+	fill(t, r.stacks[0], 'o')
+	fill(t, other.stacks[0], 'n')
+	id, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: filepath.Join(t.TempDir(), "diff"), Limit: 4 * mib}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.devices["d0"] = other.devices["d0"]
+	if err := r.set.Bypassed("d0", errors.New("written past")); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.set.Take(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	fill(t, other.stacks[0], 'x')
+	images, err := r.set.Images(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantAll(t, images[0].Image, 'n', "of the device that has the name")
+}
