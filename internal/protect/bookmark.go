@@ -36,6 +36,9 @@ func (s *session) takeBookmark(r *source.Record) error {
 	if w != nil && w.name != r.Name {
 		w = nil // an earlier daemon's, that had the same token
 	}
+	if s.salvaging {
+		return nil
+	}
 	if r.Consistency != stream.Crash {
 		if w == nil {
 			return nil // its daemon died before it knew whether the freeze held

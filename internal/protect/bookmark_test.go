@@ -62,3 +62,16 @@ func TestTokenOfAnEarlierDaemon(t *testing.T) {
 		t.Errorf("who waits for another bookmark was answered: %v, names %v", w.at, s.names)
 	}
 }
+
+// TestSalvagedBookmark: of a source that has ended nobody was told of a bookmark
+// that is not durable, and writes may have gone past before it.
+func TestSalvagedBookmark(t *testing.T) {
+	s := bookmarking()
+	s.salvaging = true
+	if err := s.takeBookmark(&source.Record{Kind: source.Bookmark, Name: "noon", Token: 1}); err != nil {
+		t.Fatal(err)
+	}
+	if s.position != 0 || s.builder.Records() != 0 {
+		t.Errorf("position %d, %d records", s.position, s.builder.Records())
+	}
+}

@@ -158,6 +158,9 @@ func (s *session) seal() error {
 		// segment rot, the difference tells that records are missing.
 		return nil
 	}
+	if err := s.vouch(); err != nil {
+		return err
+	}
 	if why, err := s.checkUntold(); err != nil || why != "" {
 		return errors.Join(err, s.distrust(why))
 	}

@@ -25,11 +25,14 @@ func (s *session) salvageStranded(ctx context.Context) error {
 
 // salvage moves what the ring of s.source holds into the history, and gives that as
 // it is then. It is for a tap whose disks are gone, or are not what they were:
-// what they wrote before is history all the same.
+// what they wrote before is history all the same. Bookmarks are not: nobody was
+// told of them, and writes may have gone past before they were put.
 func (s *session) salvage(ctx context.Context, h *timeline.History) (*timeline.History, error) {
 	if h == nil || !s.continues(h) {
 		return h, nil
 	}
+	s.salvaging = true
+	defer func() { s.salvaging = false }()
 	end := s.source.Producer()
 	s.carry(h)
 	s.engine, s.mode, s.place = fill.New(s.sizes()), newMode(true), s.source.Consumer()

@@ -22,6 +22,9 @@ type Served interface {
 	StartCapture(c Capture) (*capture.Ring, error)
 	// EndCapture takes the group's ring away, if it has one.
 	EndCapture(group string) error
+	// Leads says whether users of a device still get to it: a volume may have got
+	// another table, and then its writes go past.
+	Leads(name string) error
 	// Mounts are where file systems of a device are mounted.
 	Mounts(name string) ([]string, error)
 	// Hold holds the writes of devices: when it returns those under way have ended,
@@ -89,11 +92,15 @@ type kept struct {
 // Close does nothing: the filters go on recording.
 func (k kept) Close() error { return nil }
 
-// Remove has the next session begin a new one.
+// Remove has the next session begin a new one, and move nothing of this one's
+// into the history.
 func (k kept) Remove() error {
 	k.Distrust(0, errors.New("the history lacks what happened to its devices"))
-	return nil
+	return k.SetNote(forsaken)
 }
+
+// forsaken is the note of a ring that is of no use any more.
+const forsaken = "forsaken"
 
 // servedDisk is one device of the group.
 type servedDisk struct {
@@ -117,6 +124,9 @@ func (w *served) find() ([]target, error) {
 		case is.Size != d.Size:
 			return nil, fmt.Errorf("device %s has %d bytes and had %d when it was protected: unprotect the group and protect it again: %w", d.Served, is.Size, d.Size, ErrOffline)
 		}
+		if err := w.leads(d.Served); err != nil {
+			return nil, err
+		}
 		out = append(out, &servedDisk{is, w, i})
 	}
 	return out, nil
@@ -125,7 +135,7 @@ func (w *served) find() ([]target, error) {
 // adopt goes on with the ring that is at work, unless writes went past it.
 func (w *served) adopt([]target) (source.Source, bool, error) {
 	ring := w.env.Served.Capture(w.cfg.Name)
-	if ring == nil {
+	if ring == nil || ring.Note() == forsaken {
 		return nil, false, nil
 	}
 	if err := ring.Lost(); err != nil {
@@ -149,7 +159,7 @@ func (w *served) stranded() source.Source {
 		return nil
 	}
 	ring := w.env.Served.Capture(w.cfg.Name)
-	if ring == nil || ring.Producer() == ring.Consumer() {
+	if ring == nil || ring.Note() == forsaken || ring.Producer() == ring.Consumer() {
 		return nil
 	}
 	return kept{ring, w}
@@ -159,7 +169,7 @@ func (w *served) gone() error {
 	if w.env.Served == nil {
 		return nil
 	}
-	if ring := w.env.Served.Capture(w.cfg.Name); ring != nil && !ring.Resting() {
+	if ring := w.env.Served.Capture(w.cfg.Name); ring != nil && !ring.Resting() && ring.Note() != forsaken {
 		return ring.SetNote("gone")
 	}
 	return nil
@@ -204,7 +214,21 @@ func (d *servedDisk) look() (string, error) {
 	if err := ring.Lost(); err != nil {
 		return "", fmt.Errorf("%w: %w", err, ErrOffline)
 	}
-	return "", nil
+	return "", d.way.leads(d.Name)
+}
+
+// vouch is a look that is quick enough for each time that records become points.
+func (d *servedDisk) vouch() error {
+	_, err := d.look()
+	return err
+}
+
+// leads returns ErrOffline where what users open leads past the device.
+func (w *served) leads(name string) error {
+	if err := w.env.Served.Leads(name); err != nil {
+		return fmt.Errorf("writes go past the served device %s: %w: %w", name, err, ErrOffline)
+	}
+	return nil
 }
 
 func (d *servedDisk) fingerprint() string { return fmt.Sprintf("%s %d", d.identity(), d.Size) }

@@ -83,6 +83,7 @@ type session struct {
 	watched    watched
 	untold     untold
 	resized    string // name of a disk that the kernel said has another size
+	salvaging  bool   // the ring is of a source that has ended
 	forsaken   bool   // the tap must not be taken over: the history lacks that a disk changed
 
 	stats    *Stats

@@ -82,6 +82,22 @@ func (s *session) newlyUntold(c source.Counters) string {
 	return why
 }
 
+// vouch looks for writes that went past the source before records become points:
+// behind them they would be none. An error is of a disk that is not there any more.
+func (s *session) vouch() error {
+	if s.gapOpen || s.salvaging {
+		return nil
+	}
+	for _, d := range s.disks {
+		if v, ok := d.(vouched); ok {
+			if err := v.vouch(); err != nil {
+				return s.lose(err)
+			}
+		}
+	}
+	return nil
+}
+
 // checkUntold looks for it before records become points. While a gap is open
 // there are none, and the next watch is early enough.
 func (s *session) checkUntold() (why string, err error) {

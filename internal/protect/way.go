@@ -59,6 +59,10 @@ type counted interface {
 	still() bool    // nothing is on its way
 }
 
+// vouched is a target that can say, at no cost, that nothing was written past the
+// source until now.
+type vouched interface{ vouch() error }
+
 // reader is what fills and comparisons read a disk by.
 type reader interface {
 	io.ReaderAt

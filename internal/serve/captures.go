@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -299,6 +300,9 @@ func (s *Server) Find(name string) (Found, bool) {
 	for _, d := range s.list() {
 		now := d.now()
 		f := Found{Name: now.spec.Name, Backing: now.spec.Backing}
+		if sp := now.spec.Splice; sp != nil { // the lower device's own name changes from splice to splice
+			f.Backing = strings.TrimSpace(sp.Name + " " + sp.UUID)
+		}
 		if now.served != nil {
 			f.Node, f.Size, f.SectorSize = s.node(now), now.lower.Size(), now.lower.Limits().LogicalBlock
 			if now.served.kernel() != "" {

@@ -102,7 +102,9 @@ type Device struct {
 	// Of a spliced device.
 	claim     *splice.Claim
 	guard     *guard
-	givenBack bool // the volume has its own table again
+	givenBack bool      // the volume has its own table again
+	lost      bool      // it has another table
+	tried     time.Time // when it was last tried to splice a lost one again
 
 	was  *disk.Identity // of the backing, where that is a disk, when it was last looked at
 	disk incarnation    // of the backing
@@ -334,16 +336,14 @@ func (s *Server) Remove(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if d.spec.Splice != nil && !d.givenBack {
+	if d.spec.Splice != nil && !d.past() {
 		return fmt.Errorf("%s: %w by the volume %s, under which it lies: tidemark device unsplice %[1]s", name, ErrInUse, d.spec.Splice.Name)
 	}
-	if group := s.CapturedBy(name); group != "" {
-		return fmt.Errorf("%s: %w by the group %s, which protects it: tidemark unprotect %[3]s", name, ErrInUse, group)
+	if err := s.held(name); err != nil {
+		return err
 	}
-	for _, i := range s.set.List() {
-		if slices.ContainsFunc(i.Devices, func(d snapshot.DeviceInfo) bool { return d.Name == name }) {
-			return fmt.Errorf("%s: %w by the snapshot %s: tidemark snapshot destroy %[3]s", name, ErrInUse, i.ID)
-		}
+	if d.lost {
+		return s.forgetLost(d)
 	}
 	if d.served == nil {
 		if r, err := s.load(name); err == nil {
@@ -355,6 +355,19 @@ func (s *Server) Remove(ctx context.Context, name string) error {
 		return fmt.Errorf("%s: %w", name, err)
 	}
 	return s.forgotten(name)
+}
+
+// held refuses to end a device that a group protects or a snapshot is of.
+func (s *Server) held(name string) error {
+	if group := s.CapturedBy(name); group != "" {
+		return fmt.Errorf("%s: %w by the group %s, which protects it: tidemark unprotect %[3]s", name, ErrInUse, group)
+	}
+	for _, i := range s.set.List() {
+		if slices.ContainsFunc(i.Devices, func(d snapshot.DeviceInfo) bool { return d.Name == name }) {
+			return fmt.Errorf("%s: %w by the snapshot %s: tidemark snapshot destroy %[3]s", name, ErrInUse, i.ID)
+		}
+	}
+	return nil
 }
 
 // forgotten takes a device that has ended out of the records.

@@ -73,7 +73,7 @@ func (s *Server) check(spec *Spec) error {
 		if other.Name == spec.Name {
 			return fmt.Errorf("%s: %w", spec.Name, ErrExists)
 		}
-		if same(other.Backing, path) {
+		if !d.past() && same(other.Backing, path) { // of those that are, another has the number by now
 			return fmt.Errorf("%s is %w: it backs the device %s", path, ErrInUse, other.Name)
 		}
 	}

@@ -58,7 +58,7 @@ func (s *Server) spliceIn(ctx context.Context, path, name, front string, giveBac
 	if name == "" {
 		name = sp.Name
 	}
-	if err := s.forgetGivenBack(sp); err != nil {
+	if err := s.forgetPast(sp); err != nil {
 		return nil, errors.Join(err, sp.Remove(c))
 	}
 	d, err := s.makeSpliced(ctx, c, Spec{Name: name, Backing: lower, Front: front, Splice: sp, GiveBack: giveBack})
@@ -68,10 +68,11 @@ func (s *Server) spliceIn(ctx context.Context, path, name, front string, giveBac
 	return d, nil
 }
 
-// forgetGivenBack makes room for a splice of a volume that was given back.
-func (s *Server) forgetGivenBack(sp *splice.Splice) error {
+// forgetPast makes room for a splice of a volume that leads past Tidemark: it
+// was given back, or got another table.
+func (s *Server) forgetPast(sp *splice.Splice) error {
 	for _, d := range s.list() {
-		if d.givenBack && d.spec.Splice.Name == sp.Name {
+		if d.past() && d.spec.Splice.Name == sp.Name {
 			return s.forgotten(d.spec.Name)
 		}
 	}
@@ -100,6 +101,9 @@ func (s *Server) spliceable(path string) (dm.ID, error) {
 	}
 	if c := disk.HoldsRefusal(info, folders...); c != nil {
 		return dm.ID{}, fmt.Errorf("%w: %s the server would wait for itself", ErrRefused, c.Detail)
+	}
+	if mirror := movedBy(unix.Minor(st.Rdev)); mirror != "" {
+		return dm.ID{}, fmt.Errorf("%w: LVM moves blocks of %s just now (%s), and could not end that: wait until pvmove has ended", ErrRefused, path, mirror)
 	}
 	return dm.Numbered(unix.Major(st.Rdev), unix.Minor(st.Rdev)), nil
 }
@@ -143,6 +147,10 @@ func (s *Server) makeSpliced(ctx context.Context, c *dm.Control, spec Spec) (d *
 		}
 	}()
 	if err := s.save(record{Spec: spec}); err != nil {
+		return nil, err
+	}
+	// What is left of an earlier splice under this name was written past.
+	if err := s.set.Bypassed(spec.Name, errBypassed); err != nil {
 		return nil, err
 	}
 	if err := s.bring(ctx, d, nil); err != nil {
@@ -213,7 +221,7 @@ func (s *Server) leadBack(ctx context.Context, d *Device) error {
 		return err
 	}
 	d.spec.Splice.Upper = splice.Upper(major, minor)
-	if err := d.spec.Splice.Check(c); errors.Is(err, splice.ErrReplaced) {
+	if err := d.spec.Splice.Check(c); replacedOrGone(err) {
 		return s.replaced(ctx, c, d)
 	} else if err != nil {
 		return err
@@ -286,71 +294,6 @@ func (s *Server) restarted(d *Device) bool {
 	return errors.Is(err, dm.ErrAbsent)
 }
 
-// spliceAfterRestart splices a volume again after a start of the machine.
-func (s *Server) spliceAfterRestart(ctx context.Context, d *Device) error {
-	sp := d.spec.Splice
-	c, err := dm.Open()
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	info, err := c.Info(dm.Named(sp.Name))
-	if err != nil {
-		return err
-	}
-	if info.UUID != sp.UUID {
-		return fmt.Errorf("%s is another volume (%s, not %s)", sp.Name, info.UUID, sp.UUID)
-	}
-	err = errors.Join(s.front(d.spec.Front).forget(ctx, d.spec, nil), d.claim.Close(), s.forgotten(d.spec.Name))
-	d.claim = nil
-	if err != nil {
-		return err
-	}
-	s.spliceAnew(ctx, d, info.Minor, nil)
-	return nil
-}
-
-// replaced begins anew where somebody else has given the volume another table:
-// what was written since is not known.
-func (s *Server) replaced(ctx context.Context, c *dm.Control, d *Device) error {
-	sp, name := d.spec.Splice, d.spec.Name
-	s.env.Log.Warn("a spliced volume has got another table", "device", name, "volume", sp.Name)
-	// The kernel still tears down the table that was in use when the other one already is.
-	if err := letGo(ctx, func() error { return s.take(ctx, d) }); err != nil {
-		return err // and the next look tries again
-	}
-	d.unguard()
-	err := letGo(ctx, func() error { return sp.Remove(c) })
-	if err == nil {
-		err = s.forgotten(name)
-	}
-	s.spliceAnew(ctx, d, sp.Minor, errors.Join(err, d.claim.Close()))
-	return nil
-}
-
-// spliceAnew splices a volume again whose device has ended, in order where err
-// is nil, or says that the volume leads past Tidemark.
-func (s *Server) spliceAnew(ctx context.Context, d *Device, minor uint32, err error) {
-	sp, name := d.spec.Splice, d.spec.Name
-	var fresh *Device
-	if err == nil {
-		fresh, err = s.spliceIn(ctx, fmt.Sprintf("/dev/dm-%d", minor), name, d.spec.Front, d.spec.GiveBack)
-	}
-	if err != nil {
-		d.set(func() { d.spec.Splice = nil })
-		d.health.Raise(health.Condition{Code: "splice-lost", Severity: health.Error, Subject: name,
-			Detail: fmt.Sprintf("The volume %s has got another table and leads past Tidemark: %v.", sp.Name, err),
-			Remedy: "Mend what it names, then: tidemark device rm " + name + "; tidemark device splice /dev/mapper/" + sp.Name + "."})
-		s.mu.Lock()
-		s.devices[name] = d
-		s.mu.Unlock()
-		return
-	}
-	fresh.health.Raise(health.Condition{Code: "splice-replaced", Severity: health.Info, Subject: name,
-		Detail: fmt.Sprintf("The volume %s got another table, by LVM or at the start of the machine, and was spliced again: its change map begins a new generation.", sp.Name),
-		Remedy: "Take a full copy next."})
-}
-
 // letGoTime is for how long a device may be in use by what is just being taken down.
 const letGoTime = 10 * time.Second
 
@@ -381,8 +324,14 @@ func (s *Server) Unsplice(ctx context.Context, name string) error {
 	if sp == nil {
 		return fmt.Errorf("%s lies under no volume: %w: tidemark device rm ends it", name, ErrNotFound)
 	}
+	if err := s.held(name); err != nil {
+		return err
+	}
 	if r, err := s.load(name); err == nil && !r.GivenBack.IsZero() { // by a guard, before this process or beside it
 		return s.forgotten(name)
+	}
+	if d.lost {
+		return s.forgetLost(d)
 	}
 	c, err := dm.Open()
 	if err != nil {
@@ -403,26 +352,4 @@ func (s *Server) Unsplice(ctx context.Context, name string) error {
 		return err
 	}
 	return errors.Join(s.forgotten(name), d.claim.Close())
-}
-
-func (s *Server) checkSplices(ctx context.Context) {
-	if !s.changes.TryLock() { // a splice is being made; the next tick looks again
-		return
-	}
-	defer s.changes.Unlock()
-	c, err := dm.Open()
-	if err != nil {
-		return
-	}
-	defer c.Close()
-	for _, d := range s.list() {
-		if d.spec.Splice == nil || d.served == nil {
-			continue
-		}
-		if err := d.spec.Splice.Check(c); errors.Is(err, splice.ErrReplaced) {
-			if err := s.replaced(ctx, c, d); err != nil {
-				s.env.Log.Error("a spliced volume has got another table", "device", d.spec.Name, "error", err)
-			}
-		}
-	}
 }

@@ -52,9 +52,6 @@ func (t *Set) Take(ctx context.Context, id ID) error {
 			return err
 		}
 	}
-	if err := s.find(); err != nil {
-		return err
-	}
 	if err := s.prepare(); err != nil {
 		return err
 	}
@@ -73,19 +70,6 @@ func (t *Set) Take(ctx context.Context, id ID) error {
 	})
 	if err != nil {
 		return errors.Join(err, s.undo())
-	}
-	return nil
-}
-
-// find looks the devices up again: one may have been made anew under its name
-// since the snapshot was prepared.
-func (s *Snapshot) find() error {
-	for i, d := range s.devices {
-		dev, err := s.set.cfg.Device(d.Name)
-		if err != nil {
-			return err
-		}
-		s.devices[i] = dev
 	}
 	return nil
 }
