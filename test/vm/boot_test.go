@@ -35,21 +35,21 @@ const boots = 3
 
 // boot runs a guest to its end. It fails the test, with the console, where the
 // guest did not reach its script; a guest that ended later is looked at by its results.
-func (g *guest) boot(t *testing.T) *results {
+func (g *guest) boot(t testing.TB) *results {
 	t.Helper()
 	kernel, err := output(t, "./kernel.sh", g.suite)
 	if err != nil {
 		testkit.Lack(t, "vm", err)
 	}
 	dir := t.TempDir()
-	initramfs, program := filepath.Join(dir, "initramfs"), filepath.Join(dir, "tidemark")
+	initramfs := filepath.Join(dir, "initramfs")
 	if _, err := output(t, "./initramfs.sh", kernel, initramfs); err != nil {
 		t.Fatalf("initramfs: %v", err)
 	}
 	for i := range g.jobs {
-		g.jobs[i].build(t, dir, i)
+		g.jobs[i].build(t, i)
 	}
-	goTool(t, "build", "-o", program, "./cmd/tidemark")
+	program := binaries.get(t, "tidemark", "build", "./cmd/tidemark")
 	for try := 1; ; try++ {
 		res, err := g.run(t, filepath.Join(dir, strconv.Itoa(try)), kernel, initramfs, program)
 		switch {
@@ -67,15 +67,19 @@ func (g *guest) boot(t *testing.T) *results {
 }
 
 // run is one start of the guest, with disks of its own.
-func (g *guest) run(t *testing.T, dir, kernel, initramfs, program string) (*results, error) {
+func (g *guest) run(t testing.TB, dir, kernel, initramfs, program string) (*results, error) {
 	t.Helper()
 	res := &results{dir: filepath.Join(dir, "results"), console: filepath.Join(dir, "console")}
-	disks := []string{filepath.Join(dir, "virtio"), filepath.Join(dir, "nvme"), filepath.Join(dir, "paths")}
+	disks := []string{filepath.Join(dir, "virtio"), filepath.Join(dir, "nvme"), filepath.Join(dir, "paths"), filepath.Join(dir, "large")}
 	if err := os.MkdirAll(res.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	for _, d := range disks {
-		if err := errors.Join(os.WriteFile(d, nil, 0o600), os.Truncate(d, diskSize)); err != nil {
+		size := int64(diskSize)
+		if filepath.Base(d) == "large" {
+			size = largeSize
+		}
+		if err := errors.Join(os.WriteFile(d, nil, 0o600), os.Truncate(d, size)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -102,18 +106,22 @@ func (r *results) emulated() bool {
 	return strings.Contains(string(b), "Oops: int3: ") || strings.Contains(string(b), "int3: 0000 [#1]")
 }
 
-const diskSize = 48 << 20 // of each disk that QEMU has, bytes
+// Of the disks that QEMU has, in bytes.
+const (
+	diskSize  = 48 << 20
+	largeSize = 256 << 20
+)
 
 // qemu is emulation only: where nested virtualisation is offered, guests may hang in it.
 func (g *guest) qemu(ctx context.Context, kernel, initramfs string, disks []string, res *results) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, g.timeout, fmt.Errorf("killed after %v", g.timeout))
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-M", "q35", "-smp", "2", "-m", "3072",
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-M", "q35", "-smp", "2", "-m", "2560",
 		"-nodefaults", "-display", "none", "-no-reboot", "-serial", "file:"+res.console,
 		"-kernel", filepath.Join(kernel, "vmlinuz"), "-initrd", initramfs, "-append", "console=ttyS0 panic=-1 oops=panic loglevel=5",
 		"-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap",
 		"-virtfs", "local,path="+res.dir+",mount_tag=results,security_model=none,multidevs=remap",
-		"-device", "virtio-blk-pci,drive=virtio,serial=virtio", "-device", "nvme,drive=nvme,serial=nvme",
+		"-device", "virtio-blk-pci,drive=virtio,serial=virtio", "-device", "virtio-blk-pci,drive=large,serial=large", "-device", "nvme,drive=nvme,serial=nvme",
 		"-device", "nvme-subsys,id=subsystem,nqn=paths", "-device", "nvme,id=path,serial=paths,subsys=subsystem", "-device", "nvme-ns,drive=paths,bus=path")
 	for _, d := range disks {
 		cmd.Args = append(cmd.Args, "-drive", "if=none,format=raw,cache=unsafe,discard=unmap,id="+filepath.Base(d)+",file="+d)
@@ -140,7 +148,7 @@ func (r *results) tail() string {
 }
 
 // output runs a script and gives the last line that it printed.
-func output(t *testing.T, name string, args ...string) (string, error) {
+func output(t testing.TB, name string, args ...string) (string, error) {
 	cmd := exec.CommandContext(t.Context(), name, args...)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr

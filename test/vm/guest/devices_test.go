@@ -133,7 +133,10 @@ func table(t testing.TB, name, text string) string {
 	return "/dev/mapper/" + name
 }
 
-func linear(t testing.TB) string {
+func linear(t testing.TB) string { return linearOf(t, size) }
+
+// linearOf leads to a part of a disk of so many bytes.
+func linearOf(t testing.TB, size int64) string {
 	t.Helper()
 	d := testkit.NewDisk(t, size)
 	return table(t, "linear", fmt.Sprintf("0 %d linear %s 2048\n", size/512-2048, d.Path))

@@ -38,7 +38,8 @@ func (l *lvm) run(args ...string) string {
 
 // TestLVM: LVM itself gives a spliced volume other tables, which takes the splice
 // out: it is noticed, the volume is spliced again as a new generation, and
-// what is written meanwhile sees no error.
+// what is written meanwhile sees no error. While blocks are moved there is no
+// splice, as LVM could not end that otherwise.
 func TestLVM(t *testing.T) {
 	a, b := testkit.NewDisk(t, 96<<20), testkit.NewDisk(t, 96<<20)
 	l := newLVM(t, a.Path, b.Path)
