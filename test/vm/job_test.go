@@ -5,7 +5,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -15,6 +17,7 @@ type job struct {
 	pkg     string        // folder below the repository's root
 	run     string        // pattern of go test -run (TIDEMARK_VM_RUN replaces it); empty: all
 	skip    string        // pattern of go test -skip; empty: none
+	bench   string        // pattern of go test -bench; empty: tests are run
 	count   int           // how often they are run (TIDEMARK_VM_COUNT); 0: once
 	timeout time.Duration // of its tests together, in the guest
 
@@ -23,26 +26,53 @@ type job struct {
 
 // build compiles the tests, statically and without the race detector, which
 // emulation makes too slow.
-func (j *job) build(t *testing.T, dir string, n int) {
+func (j *job) build(t testing.TB, n int) {
 	t.Helper()
 	j.root = root(t)
 	j.out = fmt.Sprintf("%02d-%s", n, strings.ReplaceAll(j.pkg, "/", "-"))
-	j.binary = filepath.Join(dir, j.out+".test")
-	goTool(t, "test", "-c", "-tags", "guest", "-o", j.binary, "./"+j.pkg)
+	j.binary = binaries.get(t, strings.ReplaceAll(j.pkg, "/", "-")+".test", "test", "-c", "-tags", "guest", "./"+j.pkg)
 }
 
-// goTool runs go at the repository's root, for binaries that need no library.
-func goTool(t *testing.T, args ...string) {
+// built are the binaries that all guests run; each is compiled once.
+type built struct {
+	dir  string // until the tests end
+	mu   sync.Mutex
+	made map[string]bool
+}
+
+var binaries built
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "tidemark-vm-")
+	if err != nil {
+		panic(err)
+	}
+	binaries = built{dir: dir, made: map[string]bool{}}
+	code := m.Run()
+	_ = os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+// get runs go at the repository's root, for a binary that needs no library.
+func (b *built) get(t testing.TB, name string, args ...string) string {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "go", args...)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	path := filepath.Join(b.dir, name)
+	if b.made[name] {
+		return path
+	}
+	cmd := exec.CommandContext(t.Context(), "go", slices.Insert(args, len(args)-1, "-o", path)...)
 	cmd.Dir = root(t)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %v\n%s", cmd, err, out)
 	}
+	b.made[name] = true
+	return path
 }
 
-func root(t *testing.T) string {
+func root(t testing.TB) string {
 	t.Helper()
 	dir, err := filepath.Abs("../..")
 	if err != nil {
@@ -73,8 +103,12 @@ for m in fuse virtio_blk nvme dm-mod ext4 xfs btrfs ublk_drv nbd cuse; do modpro
 busybox ip link set lo up
 `, quote(kernel), quote(program))
 	for _, j := range g.jobs {
-		fmt.Fprintf(&b, "cd %s && timeout -s QUIT -k 10 %d %s -test.v=test2json -test.short -test.timeout=%v -test.count=%d -test.run=%s -test.skip=%s >/results/%s.out 2>&1\necho $? >/results/%[8]s.exit\n",
-			quote(filepath.Join(j.root, j.pkg)), int(j.timeout.Seconds())+10, quote(j.binary), j.timeout, max(j.count, 1), quote(j.run), quote(j.skip), j.out)
+		what := fmt.Sprintf("-test.v=test2json -test.short -test.count=%d -test.run=%s -test.skip=%s", max(j.count, 1), quote(j.run), quote(j.skip))
+		if j.bench != "" {
+			what = fmt.Sprintf("-test.run='^$' -test.benchtime=1x -test.bench=%s", quote(j.bench))
+		}
+		fmt.Fprintf(&b, "cd %s && timeout -s QUIT -k 10 %d %s -test.timeout=%v %s >/results/%s.out 2>&1\necho $? >/results/%[6]s.exit\n",
+			quote(filepath.Join(j.root, j.pkg)), int(j.timeout.Seconds())+10, quote(j.binary), j.timeout, what, j.out)
 	}
 	b.WriteString("dmesg | grep -E 'BUG|WARNING|Call Trace' >/results/kernel-complaints\ntouch /results/finished\nsync\necho o >/proc/sysrq-trigger\nsleep 60\n")
 	return b.String()

@@ -50,8 +50,9 @@ var once = map[string]string{
 	debian612: "^Test(Pulled|Refused|ReconnectUnderLoad|OlderLayout|SpliceTables)$",
 }
 
-func TestDebian61(t *testing.T)  { runGuest(t, debian61) }
-func TestDebian612(t *testing.T) { runGuest(t, debian612) }
+// The guests run side by side: much of what they do is to wait.
+func TestDebian61(t *testing.T)  { t.Parallel(); runGuest(t, debian61) }
+func TestDebian612(t *testing.T) { t.Parallel(); runGuest(t, debian612) }
 
 func runGuest(t *testing.T, suite string) {
 	testkit.Need(t, "vm")
