@@ -122,14 +122,16 @@ func (s *Server) bringBackImages(ctx context.Context) {
 			continue
 		}
 		s.followEvents(id)
-		for _, d := range i.Devices {
-			wanted[imageName(d.Name, id)] = i.State != "created"
-		}
 		if i.State == "created" {
 			continue
 		}
 		if err := s.showImages(ctx, id); err != nil {
 			s.imagesOffline(i.ID, err)
+		}
+		// Of a spoiled one that is not shown requests of before must not wait.
+		for _, d := range i.Devices {
+			name := imageName(d.Name, id)
+			wanted[name] = i.State != "spoiled" || s.images[name] != nil
 		}
 	}
 	left, _ := filepath.Glob(filepath.Join(s.folder, "*@*"+recordSuffix)) // a pattern without faults
@@ -138,7 +140,7 @@ func (s *Server) bringBackImages(ctx context.Context) {
 		if r, err := s.load(name); err == nil && !wanted[name] {
 			err := s.front(r.Spec.Front).forget(ctx, r.Spec, r.Memory)
 			if err == nil {
-				err = s.erase(name)
+				err = errors.Join(s.unlinkName(name), s.erase(name))
 			}
 			if err != nil { // the next start tries again
 				s.env.Log.Warn("what is left of an image", "image", name, "error", err)

@@ -130,11 +130,13 @@ func TestBlksnap(t *testing.T) {
 	nothingLeft(t, "the devices", 0)
 }
 
-// nothingLeft: of the kernel's NBD devices only so many are in use.
+// nothingLeft: of the kernel's NBD and ublk devices only so many are in use.
 func nothingLeft(t *testing.T, after string, want int) {
 	t.Helper()
-	program.Eventually(t, 30*time.Second, "NBD devices are free after "+after, func() error {
+	program.Eventually(t, 30*time.Second, "devices are free after "+after, func() error {
 		left, _ := filepath.Glob("/sys/block/nbd*/backend")
+		ublk, _ := filepath.Glob("/sys/block/ublkb*")
+		left = append(left, ublk...)
 		if len(left) <= want {
 			return nil
 		}

@@ -309,4 +309,5 @@ func TestSpliceLost(t *testing.T) {
 	if now := testkit.Run(t, "dmsetup", "table", name); now != original {
 		t.Errorf("afterwards the table is %s, and was %s", now, original)
 	}
+	nothingLeft(t, "the splices and the image", 0)
 }
