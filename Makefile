@@ -37,6 +37,7 @@ bench:
 	@test/setup.sh
 	$(GO) test -run '^$$' -bench . -benchtime 5000x -p 1 ./internal/...
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 30m ./test/bench
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 30m ./test/vm
 
 generate:
 	$(GO) generate ./bpf

@@ -27,7 +27,6 @@ import (
 // Peers are measured in turns, several times over, and what is reported is the
 // medians: a machine that is busy with other work is so for all of them.
 const (
-	turns       = 5
 	turnTime    = "1"
 	servedBytes = 256 << 20
 )
@@ -113,7 +112,9 @@ func measured(b *testing.B, args ...string) turn {
 }
 
 // filled is a file in memory with data that does not compress.
-func filled(b *testing.B, name string) string {
+func filled(b *testing.B, name string) string { return filledOf(b, name, servedBytes) }
+
+func filledOf(b *testing.B, name string, size int64) string {
 	b.Helper()
 	path := filepath.Join(testkit.MemoryDir(b), name)
 	f, err := os.Create(path)
@@ -121,7 +122,7 @@ func filled(b *testing.B, name string) string {
 		b.Fatal(err)
 	}
 	defer f.Close()
-	if _, err := io.CopyN(f, rand.Reader, servedBytes); err != nil {
+	if _, err := io.CopyN(f, rand.Reader, size); err != nil {
 		b.Fatal(err)
 	}
 	return path

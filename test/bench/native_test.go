@@ -1,0 +1,5 @@
+//go:build !guest
+
+package bench
+
+const turns = 5
