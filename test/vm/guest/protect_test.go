@@ -9,7 +9,6 @@ import (
 	"fmt"
 	mrand "math/rand/v2"
 	"os"
-	"path/filepath"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -118,36 +117,47 @@ func seed(t testing.TB) *mrand.Rand {
 	return mrand.New(mrand.NewPCG(s, 1))
 }
 
-// TestProtect: the real program, from live writes to a restored disk, on the
-// tops of stacks and on disks that CI's own kernel does not have.
+// TestProtect: the real program, from live writes to restored disks, on the tops
+// of stacks and on disks that CI's own kernel does not have, in one group.
 func TestProtect(t *testing.T) {
-	kinds := map[string]func(testing.TB) string{"partition": partition, "scsi": scsi, "nvme": nvme, "mirror": mirror}
+	rng, buf := seed(t), aligned(t, 128<<10)
+	var devices []string
+	var disks []*raw
+	for _, make := range []func(testing.TB) string{partition, scsi, nvme, mirror} {
+		dev := make(t)
+		devices, disks = append(devices, dev), append(disks, openRaw(t, dev))
+	}
 	d := program.New(t)
-	vaults := d.Vault
-	for name, make := range kinds {
-		t.Run(name, func(t *testing.T) {
-			dev := make(t)
-			disk, rng, buf := openRaw(t, dev), seed(t), aligned(t, 128<<10)
-			d.Vault = filepath.Join(vaults, name)
-			d.Protect("g", dev)
-			scribbled := func() {
-				t.Helper()
-				if err := disk.scribble(buf, 100, rng); err != nil {
+	d.Protect("g", devices...)
+	scribbled := func() {
+		t.Helper()
+		for range 100 {
+			for _, disk := range disks {
+				if err := disk.scribble(buf, 1, rng); err != nil {
 					t.Fatal(err)
 				}
 			}
-			scribbled()
-			d.Run("bookmark", "g", "quiet")
-			then := disk.content()
-			scribbled()
-			d.Settle("g")
-			disk.same("latest", restored(t, d, "latest"))
-			if !bytes.Equal(then, restored(t, d, "quiet")) {
-				t.Error("the disk at the bookmark is not what it was then")
-			}
-			d.Run("verify", "--vault", d.Vault)
-			d.Run("unprotect", "g")
-		})
+		}
+	}
+	scribbled()
+	d.Run("bookmark", "g", "quiet")
+	var then [][]byte
+	for _, disk := range disks {
+		then = append(then, disk.content())
+	}
+	scribbled()
+	g := d.Settle("g")
+	for i, disk := range disks {
+		name := g.Disks[i].Name
+		disk.same(devices[i]+" at latest", imageOf(t, d, name, "latest"))
+		if !bytes.Equal(then[i], imageOf(t, d, name, "quiet")) {
+			t.Errorf("%s at the bookmark is not what it was then", devices[i])
+		}
+	}
+	d.Run("verify", "--vault", d.Vault)
+	d.Run("unprotect", "g")
+	for _, disk := range disks {
+		disk.file.Close()
 	}
 }
 
