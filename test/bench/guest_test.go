@@ -68,8 +68,8 @@ func BenchmarkGuestFronts(b *testing.B) {
 	testkit.Run(b, "qemu-nbd", "-c", qemu, "-f", "raw", "--cache=none", "--aio=native", plainLoop(b, "qemu"))
 	b.Cleanup(func() { testkit.Run(b, "qemu-nbd", "-d", qemu) })
 	linear := mapped(b, "bench-linear", fmt.Sprintf("0 %d linear %s 0\n", guestBytes/512, plainLoop(b, "linear")))
-	peers := []peer{{"ublk", directly(servedAt(b, d, "u", "ublk")), 0}, {"nbd", directly(servedAt(b, d, "n", "nbd")), 0},
-		{"qemu-nbd", directly(qemu), 0}, {"linear", directly(linear), 0}}
+	peers := []peer{{name: "ublk", fio: directly(servedAt(b, d, "u", "ublk"))}, {name: "nbd", fio: directly(servedAt(b, d, "n", "nbd"))},
+		{name: "qemu-nbd", fio: directly(qemu)}, {name: "linear", fio: directly(linear)}}
 	for name, args := range timed {
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {
