@@ -103,8 +103,8 @@ func scarce(t *testing.T, keep int64) {
 }
 
 // TestMemoryPressure: without swap, and with far less memory than is dirty, the
-// kernel has to write to a served device to get memory. It goes on, on every
-// front, and its server is not killed.
+// kernel has to write to a served device to get memory. It goes on, and its
+// server is not killed. Over both kernels every front has its turn.
 func TestMemoryPressure(t *testing.T) {
 	if swaps, err := os.ReadFile("/proc/swaps"); err != nil || strings.Count(string(swaps), "\n") > 1 {
 		t.Fatalf("there is swap: %s (%v)", swaps, err)
@@ -113,7 +113,11 @@ func TestMemoryPressure(t *testing.T) {
 	d := program.New(t)
 	daemon := d.PID()
 	scarce(t, 48<<20)
-	for _, front := range append(fronts(), "loop") {
+	wanted := fronts()[:1] // ublk here, the kernel's NBD there: each takes its time under pressure
+	if wanted[0] == "nbd" {
+		wanted = append(wanted, "loop")
+	}
+	for _, front := range wanted {
 		t.Run(front, func(t *testing.T) {
 			node := strings.TrimSpace(d.Run("device", "create", "--backing", disk, "--front", front, "--name", "data"))
 			d.FlushersOnly()
