@@ -116,7 +116,7 @@ const (
 func (g *guest) qemu(ctx context.Context, kernel, initramfs string, disks []string, res *results) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, g.timeout, fmt.Errorf("killed after %v", g.timeout))
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-M", "q35", "-smp", "2", "-m", "2560",
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-M", "q35", "-smp", "2", "-m", "3072",
 		"-nodefaults", "-display", "none", "-no-reboot", "-serial", "file:"+res.console,
 		"-kernel", filepath.Join(kernel, "vmlinuz"), "-initrd", initramfs, "-append", "console=ttyS0 panic=-1 oops=panic loglevel=5",
 		"-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap",
