@@ -125,6 +125,33 @@ func TestServedPulled(t *testing.T) {
 	}
 }
 
+// TestServedAfterReboot: after a start of the machine, of which nothing is left but the
+// state folder, the device is there again under its name, with what was written.
+func TestServedAfterReboot(t *testing.T) {
+	module, front := "ublk_drv", "ublk"
+	if exec.Command("modprobe", module).Run() != nil { // 6.1
+		module, front = "nbd", "nbd"
+		testkit.Run(t, "modprobe", module)
+	}
+	d := program.New(t)
+	image := filepath.Join(d.Dir, "image")
+	testkit.Run(t, "truncate", "-s", "16M", image)
+	node := strings.TrimSpace(d.Run("device", "create", "--backing", image, "--front", front, "--name", "data"))
+	testkit.Run(t, "dd", "if=/dev/urandom", "of="+node, "bs=1M", "count=4", "oflag=direct", "conv=fsync", "status=none")
+	d.Kill()
+	testkit.Run(t, "rmmod", module) // with all its devices
+	if err := os.RemoveAll("/dev/tidemark"); err != nil {
+		t.Fatal(err)
+	}
+	testkit.Run(t, "modprobe", module)
+	d.Start()
+	if text := d.Run("device", "ls", "--json"); !strings.Contains(text, `"node":"`+node+`"`) || !strings.Contains(text, `"conditions":[]`) {
+		t.Errorf("it is not there again: %s", text)
+	}
+	testkit.Run(t, "cmp", "-n", "16777216", node, image)
+	d.Run("device", "rm", "data")
+}
+
 // TestServedLimits: block sizes, what can be discarded, and whether it turns, are the
 // disk's own, on every front that the kernel has.
 func TestServedLimits(t *testing.T) {
