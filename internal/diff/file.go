@@ -243,6 +243,8 @@ func (d *File) Close() error {
 
 // Remove gives the room back: a file that was made is removed, another emptied. One
 // that is not there any more, or another one in its place, is left alone.
+// os.ErrNotExist: one that is written by extent is not to be found, as where its
+// file system is not mounted; there it still lies, and is immutable.
 func (d *File) Remove() error {
 	if d.dev != nil {
 		d.growing.Lock()

@@ -174,8 +174,8 @@ func checkFile(t Task) (Done, error) {
 
 func removeFile(t Task) error {
 	f, err := openTask(t)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrCorrupt) || errors.Is(err, ErrRefused) {
-		return nil // removed by somebody else, or another file
+	if errors.Is(err, fs.ErrNotExist) && len(t.Extents) == 0 || errors.Is(err, ErrCorrupt) || errors.Is(err, ErrRefused) {
+		return nil // never used, or another file
 	}
 	if err != nil {
 		return err

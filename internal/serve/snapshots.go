@@ -30,7 +30,7 @@ func (s *Server) openSnapshots() error {
 	s.set, err = snapshot.Open(snapshot.Config{
 		Dir: filepath.Join(s.env.StateDir, "snapshots"), Memory: s.memory, BootID: strings.TrimSpace(string(boot)),
 		Trouble: func(id string, err error) {
-			s.health.Raise(health.Condition{Code: "snapshot-remains", Severity: health.Warning, Subject: id, Detail: "What an earlier daemon left of a snapshot: " + err.Error() + ".",
+			s.health.Raise(health.Condition{Code: "snapshot-remains", Severity: health.Warning, Subject: id, Detail: "What is left of a snapshot: " + err.Error() + ".",
 				Remedy: "Mend what it names and start the daemon again; what lies in " + filepath.Join(s.env.StateDir, "snapshots") + " says which files are its storage."})
 		},
 		Device: s.partsOf, Locate: s.locate, Files: s.fileTask, Freeze: s.freezeDevices,

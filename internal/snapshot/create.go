@@ -231,7 +231,12 @@ func (s *Snapshot) discard() error {
 	}
 	var errs []error
 	for _, f := range s.files {
-		errs = append(errs, f.Remove())
+		err := f.Remove()
+		if errors.Is(err, os.ErrNotExist) {
+			s.set.cfg.Trouble(FormatID(s.id), fmt.Errorf("%s is not to be found and was not removed; if its file system is only not mounted, remove it there (chattr -i, then rm): %w", f.Name(), err))
+			continue
+		}
+		errs = append(errs, err)
 	}
 	if s.set.cfg.Memory != "" {
 		errs = append(errs, remove(s.set.memory(s.id)))

@@ -1,10 +1,12 @@
 package snapshot
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -25,6 +27,8 @@ type onDevice struct {
 	next  int64
 	hang  chan struct{} // growth waits for it; nil: it does not
 	calls int
+
+	frozen bool // by the test
 }
 
 func newOnDevice(t *testing.T) *onDevice {
@@ -61,6 +65,9 @@ func (o *onDevice) do(t diff.Task) (diff.Done, error) {
 	case diff.MakeFile:
 		o.files[t.Path] = nil
 	case diff.GrowFile:
+		if o.frozen {
+			o.t.Error("a file grows in a frozen file system")
+		}
 		if hang := o.hang; hang != nil {
 			o.mu.Unlock()
 			<-hang
@@ -76,7 +83,14 @@ func (o *onDevice) do(t diff.Task) (diff.Done, error) {
 	case diff.RemoveFile:
 		delete(o.files, t.Path)
 	}
-	return diff.Done{Inode: 12, Made: true, Extents: o.files[t.Path]}, nil
+	return diff.Done{Inode: 12, Made: true, Extents: slices.Clone(o.files[t.Path])}, nil
+}
+
+// move has a file lie elsewhere.
+func (o *onDevice) move(by int64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.files["file"][0].Off += by
 }
 
 // start is a daemon that starts: nothing on the device can be touched before Settle.
@@ -129,7 +143,7 @@ func TestOnTheDeviceGoesOn(t *testing.T) {
 		t.Errorf("the file was not looked at: %d calls", o.calls)
 	}
 	// Moved by force: what is stored there is somebody else's by now.
-	o.files["file"][0].Off += diff.Align
+	o.move(diff.Align)
 	o.start(cfg, disk)
 	check(o.rig, "not looked at yet")
 	o.rig.set.Settle()
@@ -182,6 +196,22 @@ func TestOnTheDeviceGivenBack(t *testing.T) {
 			t.Errorf("%s: %v, left %v, files %v", state, told, left, o.files)
 		}
 		told = nil
+	}
+}
+
+// TestUnmounted: a snapshot whose file is not to be found is destroyed all the
+// same, and it is told that the file stays where it was.
+func TestUnmounted(t *testing.T) {
+	o := newOnDevice(t)
+	var told error
+	o.rig = newRig(t, o.config(Config{Dir: t.TempDir(), Trouble: func(_ string, err error) { told = err }}), sim.NewDisk(16*mib))
+	id, _ := o.rig.taken(t, Request{Devices: []string{"d0"}, Storage: []Storage{{Path: "file", Limit: 2 * mib}}})
+	delete(o.files, "file")
+	if err := o.rig.set.Destroy(id); err != nil || told == nil || !strings.Contains(told.Error(), "file is not to be found") {
+		t.Errorf("%v, told %v", err, told)
+	}
+	if left, _ := os.ReadDir(o.rig.cfg.Dir); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
 	}
 }
 
@@ -272,6 +302,64 @@ func TestRangesApart(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 	o.open = true
+	if err := o.rig.set.Destroy(id); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestTakeAndFiles: nothing grows while file systems are frozen, though room runs
+// out just then; it does afterwards. A file that lies elsewhere by now is found
+// before the instant, and the snapshot stays what it was.
+func TestTakeAndFiles(t *testing.T) {
+	o := newOnDevice(t)
+	o.next = 64 * mib
+	var s *Snapshot
+	var held []diff.Slot
+	freeze := func(context.Context, []string) (func() error, int, error) {
+		o.mu.Lock()
+		o.frozen = true
+		o.mu.Unlock()
+		for s.storage.Stats().Capacity-s.storage.Stats().Used > s.man.Low { // from here on it wants to grow
+			slot, err := s.storage.TryReserve()
+			if err != nil {
+				t.Error(err)
+				break
+			}
+			held = append(held, slot)
+		}
+		time.Sleep(20 * time.Millisecond) // it would by now
+		return func() error {
+			o.mu.Lock()
+			defer o.mu.Unlock()
+			o.frozen = false
+			return nil
+		}, 1, nil
+	}
+	o.rig = newRig(t, o.config(Config{Dir: t.TempDir(), Freeze: freeze}), sim.NewDisk(256*mib))
+	id, err := o.rig.set.Create(Request{Devices: []string{"d0"}, Low: 16 * mib, Storage: []Storage{{Path: "file", Limit: 128 * mib}}})
+	if err == nil {
+		s, err = o.rig.set.find(id)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := s.storage.Stats().Capacity
+	o.move(diff.Align)
+	if err := o.rig.set.Take(t.Context(), id); !errors.Is(err, diff.ErrCorrupt) || len(held) > 0 || o.rig.set.List()[0].State != stateCreated {
+		t.Errorf("a file that moved: %v, %+v", err, o.rig.set.List())
+	}
+	o.move(-diff.Align)
+	if err := o.rig.set.Take(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); s.storage.Stats().Capacity == before; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it does not grow after the freeze")
+		}
+	}
+	for _, slot := range held {
+		s.storage.Release(slot)
+	}
 	if err := o.rig.set.Destroy(id); err != nil {
 		t.Error(err)
 	}

@@ -6,9 +6,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"tidemark/internal/block"
 	"tidemark/internal/diff"
@@ -171,6 +173,63 @@ func TestOneInstant(t *testing.T) {
 	}
 }
 
+// TestWaitsForEveryDevice: a write that is under way on any of the devices ends
+// before the instant, and is in the image; one that comes later is not.
+func TestWaitsForEveryDevice(t *testing.T) {
+	for slow := range 2 {
+		disks := []*sim.Disk{sim.NewDisk(mib), sim.NewDisk(mib)}
+		r := newRig(t, Config{}, disks[0], disks[1])
+		id, err := r.set.Create(Request{Devices: []string{"d0", "d1"}, Storage: []Storage{{Path: filepath.Join(t.TempDir(), "diff"), Limit: 8 * mib}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		under, let := make(chan struct{}), make(chan struct{})
+		first := sync.OnceFunc(func() { close(under); <-let })
+		disks[slow].Fault = func(op block.Op, _ block.Range) error {
+			if op == block.OpWrite {
+				first()
+			}
+			return nil
+		}
+		var writes sync.WaitGroup
+		write := func(b byte) {
+			writes.Go(func() {
+				if _, err := r.stacks[slow].WriteAt([]byte{b}, 4096); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		write('x')
+		<-under
+		taken := make(chan error, 1)
+		go func() { taken <- r.set.Take(t.Context(), id) }()
+		select {
+		case err := <-taken:
+			t.Errorf("device %d has a write under way, and the snapshot is taken: %v", slow, err)
+			taken <- err
+		case <-time.After(50 * time.Millisecond):
+		}
+		close(let)
+		if err := <-taken; err != nil {
+			t.Fatal(err)
+		}
+		writes.Wait()
+		write('y')
+		writes.Wait()
+		images, err := r.set.Images(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, 1)
+		if _, err := images[slow].Image.ReadAt(got, 4096); err != nil || got[0] != 'x' {
+			t.Errorf("device %d: the image holds %q, %v", slow, got, err)
+		}
+		if err := r.set.Destroy(id); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestStorageOnTheDeviceItself: ranges of the snapshotted device, seen from below
 // the snapshot; nothing deadlocks and the image is right.
 func TestStorageOnTheDeviceItself(t *testing.T) {
@@ -249,16 +308,16 @@ func TestFreeze(t *testing.T) {
 	var calls []string
 	var refuse, unthawed error
 	freeze := func(_ context.Context, devices []string) (func() error, int, error) {
-		calls = append(calls, "freeze "+devices[0])
+		calls = append(calls, "freeze "+strings.Join(devices, " "))
 		return func() error { calls = append(calls, "thaw"); return unthawed }, 1, refuse
 	}
-	r := newRig(t, Config{Freeze: freeze}, sim.NewDisk(mib))
-	id, err := r.set.Create(Request{Devices: []string{"d0"}, Storage: []Storage{{Path: filepath.Join(t.TempDir(), "diff"), Limit: 4 * mib}}})
+	r := newRig(t, Config{Freeze: freeze}, sim.NewDisk(mib), sim.NewDisk(mib))
+	id, err := r.set.Create(Request{Devices: []string{"d0", "d1"}, Storage: []Storage{{Path: filepath.Join(t.TempDir(), "diff"), Limit: 4 * mib}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	refuse = errors.New("busy")
-	if err := r.set.Take(t.Context(), id); !errors.Is(err, refuse) || !slices.Equal(calls, []string{"freeze d0"}) {
+	if err := r.set.Take(t.Context(), id); !errors.Is(err, refuse) || !slices.Equal(calls, []string{"freeze d0 d1"}) {
 		t.Errorf("%v, %v", err, calls)
 	}
 	refuse, unthawed = nil, errors.New("it was thawed by somebody else")
@@ -267,7 +326,7 @@ func TestFreeze(t *testing.T) {
 	}
 	unthawed, calls = nil, nil
 	fill(t, r.stacks[0], 'o')
-	if err := r.set.Take(t.Context(), id); err != nil || !slices.Equal(calls, []string{"freeze d0", "thaw"}) {
+	if err := r.set.Take(t.Context(), id); err != nil || !slices.Equal(calls, []string{"freeze d0 d1", "thaw"}) {
 		t.Errorf("%v, %v", err, calls)
 	}
 	fill(t, r.stacks[0], 'n')
