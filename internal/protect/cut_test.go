@@ -2,6 +2,8 @@ package protect
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"tidemark/internal/block"
@@ -202,6 +204,10 @@ func TestVerdictsOfALedger(t *testing.T) {
 	if v := l.verdicts([16]byte{3}, []pendingMark{{name: "noon", position: 5}}); v[0] {
 		t.Error("an intent holds for a group that is not in it")
 	}
+	const stored = `{"version":1,"name":"noon","groups":[{"group":"a","id":[1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0],"position":5},{"group":"b","id":[2,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0],"position":9}]}`
+	if b, err := os.ReadFile(l.path("noon")); err != nil || string(b) != checksum([]byte(stored))+"\n"+stored {
+		t.Errorf("the format of intents has changed: %s, %v", b, err)
+	}
 	l.durable(a, 5)
 	l = open() // b has not had it, a has
 	if v := l.verdicts(a, nil); len(v) != 0 {
@@ -214,4 +220,23 @@ func TestVerdictsOfALedger(t *testing.T) {
 	if l = open(); len(l.intents) != 0 {
 		t.Errorf("intents %v stay", l.intents)
 	}
+}
+
+// FuzzIntent: what is not an intent is none, and what is comes back as it was.
+func FuzzIntent(f *testing.F) {
+	body := []byte(`{"version":1,"name":"noon","groups":[{"group":"a","id":[1],"position":5}]}`)
+	f.Add([]byte(checksum(body) + "\n" + string(body)))
+	f.Add([]byte("00000000\n"))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		path := filepath.Join(t.TempDir(), "x.commit")
+		for _, b := range [][]byte{b, append([]byte(checksum(b)+"\n"), b...)} {
+			if err := os.WriteFile(path, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if i, err := readIntent(path); err == nil && i.Version != 1 {
+				t.Errorf("%q is read as %+v", b, i)
+			}
+		}
+	})
 }
