@@ -272,6 +272,8 @@ func coded(err error) error {
 		{protect.ErrRevoked, api.CodeRefused, "Prepare it again."},
 		{protect.ErrCommitted, api.CodeRefused, "A bookmark that is committed stays."},
 		{protect.ErrNotPrepared, api.CodeRefused, ""},
+		{protect.ErrUndelivered, api.CodeUnreachable, "It is decided; nothing is to be done but to bring the group back."},
+		{protect.ErrStoodTooLong, api.CodeUnreachable, "Try again when the machine is less busy."},
 		{protect.ErrBarrier, api.CodeRefused, "Leave --barrier out: a mark of tapped disks is one cut through their writes, and needs none to be held."},
 		{barrier.ErrUp, api.CodeInUse, "Try again when the snapshot or mark that is being taken is done."},
 		{barrier.ErrExpired, api.CodeUnreachable, "Try again."},

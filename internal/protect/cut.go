@@ -126,13 +126,11 @@ func (s *session) stand(m *mark) error {
 // cutAt tells a standing mark its instant, which is over. The walk goes on.
 func (s *session) cutAt(m *mark, at int64) error {
 	if m.phase != standing || !s.has(m) {
-		return fmt.Errorf("group %s, bookmark %q: %w", s.cfg.Name, m.name, errStoodTooLong)
+		return fmt.Errorf("group %s, bookmark %q: %w", s.cfg.Name, m.name, ErrStoodTooLong)
 	}
 	m.phase, m.at, m.end, m.drops = cutting, at, s.source.Producer(), s.source.Drops()
 	return nil
 }
-
-var errStoodTooLong = errors.New("no instant was chosen in time")
 
 // standsStill says that no record may be taken now. Who does not choose an instant
 // in time loses the mark.
@@ -140,7 +138,7 @@ func (s *session) standsStill() bool {
 	still := false
 	for _, m := range s.marksIn(standing) {
 		if time.Since(m.since) > standMax {
-			s.drop(m, errStoodTooLong)
+			s.drop(m, ErrStoodTooLong)
 			continue
 		}
 		still = true

@@ -20,5 +20,7 @@ var (
 	ErrRevoked        = errors.New("it was revoked")
 	ErrCommitted      = errors.New("it is committed already")
 	ErrGroupWentAway  = errors.New("the group was opened anew meanwhile")
+	ErrStoodTooLong   = errors.New("no instant was chosen in time")
+	ErrUndelivered    = errors.New("not every group has it yet")
 	ErrBarrier        = errors.New("this barrier cannot be had")
 )

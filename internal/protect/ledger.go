@@ -134,9 +134,9 @@ func (l *Ledger) Pending() []Prepared {
 }
 
 // Commit makes a prepared mark a bookmark in all its groups, or says why it is none
-// any more. From when the intent is stable it is decided, and an error only says
+// any more. From when the intent is stable it is decided, and ErrUndelivered only says
 // which group has not heard of it yet. Who asks again after a commit gets the same
-// answer. Errors: ErrNoMark, ErrRevoked, ErrOffline.
+// answer. Errors: ErrNoMark, ErrRevoked, ErrInUse, ErrUndelivered.
 func (l *Ledger) Commit(ctx context.Context, name string) (Prepared, error) {
 	l.mu.Lock()
 	p, err := l.take(name)
@@ -236,7 +236,7 @@ func (l *Ledger) tellCommit(ctx context.Context, p *pending) error {
 	errs := make([]error, len(p.members))
 	tell := func(n int) {
 		if err := p.members[n].tell(ctx, true); err != nil {
-			errs[n] = fmt.Errorf("bookmark %q is committed; group %s takes it when it can: %w", p.Name, p.members[n].group.cfg.Name, err)
+			errs[n] = fmt.Errorf("bookmark %q is committed, and %w: group %s takes it when it can: %w", p.Name, ErrUndelivered, p.members[n].group.cfg.Name, err)
 		}
 	}
 	tell(0)
