@@ -67,37 +67,39 @@ func (s *Stack) send(c *call, ch *chain, from int) error {
 
 // descend goes down from a filter's index.
 func (c *call) descend(i int) error {
-	for ; i < len(c.chain.steps); i++ {
-		if c.stack.dead.Load() {
+	for {
+		var broken error
+		i, broken = c.sift(i)
+		switch {
+		case broken != nil:
+			c.stack.expel(c.chain.steps[i], broken)
+			i++
+		case i == len(c.chain.steps):
+			return c.stack.bottom(&c.req)
+		case c.stack.dead.Load():
 			return ErrGone
+		default:
+			return c.through(i, c.chain.steps[i])
 		}
-		a := c.chain.steps[i]
-		if a.out.Load() {
-			continue
-		}
-		if a.sieve != nil {
-			passed, broken := a.pass(&c.req)
-			if broken != nil {
-				c.stack.expel(a, broken)
-				continue
-			}
-			if passed {
-				continue
-			}
-		}
-		return c.through(i, a)
 	}
-	return c.stack.bottom(&c.req)
 }
 
-// pass asks the sieve; a panic there breaks the filter as one in Handle does.
-func (a *attachment) pass(r *Request) (passed bool, broken error) {
+// sift gives the index of the first filter, from one on, that must handle the
+// request. A sieve that panics breaks, as a filter that does in Handle: then it is
+// that one's.
+func (c *call) sift(from int) (i int, broken error) {
 	defer func() {
 		if v := recover(); v != nil {
 			broken = panicked(v)
 		}
 	}()
-	return a.sieve.Pass(r), nil
+	for i = from; i < len(c.chain.steps); i++ {
+		a := c.chain.steps[i]
+		if !a.out.Load() && (a.sieve == nil || !a.sieve.Pass(&c.req)) {
+			break
+		}
+	}
+	return i, nil
 }
 
 // through has one filter handle the request, and goes on without the filter

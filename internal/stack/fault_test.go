@@ -388,3 +388,43 @@ func (i *imp) Handle(r *Request, next Next) error {
 
 func (i *imp) Spoil(error) string { return "nothing" }
 func (i *imp) Detach(Reason)      {}
+
+// glancing is a sieve that counts what it sees, and panics at one of its requests.
+type glancing struct {
+	passing
+	seen, at int
+}
+
+func (g *glancing) Pass(*Request) bool {
+	if g.seen++; g.seen == g.at {
+		panic("at a glance")
+	}
+	return true
+}
+
+// TestSieveThatPanics: that one is taken out, and no other; the request goes on
+// below it, past each filter once.
+func TestSieveThatPanics(t *testing.T) {
+	y, set := system(t)
+	s := add(t, y, "d", sim.NewDisk(1<<20))
+	high, bad, low := &glancing{}, &glancing{at: 2}, &glancing{}
+	for i, f := range []*glancing{low, bad, high} {
+		if _, err := s.Attach([]string{"low", "bad", "high"}[i], i, DriverFunc(func(*Below) (Filter, error) { return f, nil })); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 4 {
+		if _, err := s.WriteAt([]byte{1}, int64(i)); err != nil {
+			t.Fatalf("write %d: %v", i, err)
+		}
+	}
+	if high.seen != 4 || bad.seen != 2 || low.seen != 4 {
+		t.Errorf("of 4 requests they saw %d, %d and %d, want 4, 2 and 4", high.seen, bad.seen, low.seen)
+	}
+	if got := s.Filters(); !slices.Equal(got, []Info{{"high", 2}, {"low", 0}}) {
+		t.Errorf("filters: %v", got)
+	}
+	if c := condition(set, "filter-lost"); c == nil || c.Subject != "d/bad" {
+		t.Errorf("condition: %+v", c)
+	}
+}
