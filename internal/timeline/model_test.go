@@ -47,7 +47,7 @@ func keep(t testing.TB, s *story, seed uint64, every int) *written {
 	t.Helper()
 	r := rand.New(rand.NewPCG(seed, 11))
 	w := &written{records: s.out, stretch: s.stretches}
-	dir := t.TempDir()
+	dir := memoryDir(t)
 	v, err := vault.Create(t.Context(), filepath.Join(dir, "vault"))
 	if err != nil {
 		t.Fatal(err)
