@@ -95,7 +95,7 @@ func TestGivenBefore(t *testing.T) {
 // TestFromPoint: a consumer whose copy is a point already gets what follows it,
 // wherever in its stretch that lies.
 func TestFromPoint(t *testing.T) {
-	for seed := range seeds(20) {
+	for seed := range seeds(6) {
 		c := newReplica(t, seed, Options{})
 		c.in.more(1000)
 		all := append(slices.Clone(c.s.stretches), [2]stream.Position{c.s.state.Settled, c.s.pos})

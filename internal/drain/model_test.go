@@ -195,7 +195,7 @@ func (c *replica) restart(power bool) error {
 // what is killed when, each consistent batch leaves the copy as the stream says,
 // a batch given again is the same one, and no bookmark is lost or comes twice.
 func TestReplicas(t *testing.T) {
-	for seed := range seeds(40) {
+	for seed := range seeds(20) {
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 5))
 			s := tell(seed, 150)
