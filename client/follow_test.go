@@ -29,6 +29,7 @@ func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var in struct{ After, Number uint64 }
 	_ = json.NewDecoder(r.Body).Decode(&in)
 	var out bytes.Buffer
+	w.Header().Set("Content-Type", "application/json")
 	refuse := func(code string, status int) {
 		w.WriteHeader(status)
 		fmt.Fprintf(&out, `{"error":{"code":%q,"message":"no"}}`, code)

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"tidemark/internal/block"
 	"tidemark/internal/segment"
 	"tidemark/internal/sim"
 	"tidemark/internal/stream"
@@ -132,6 +133,61 @@ func TestFromPoint(t *testing.T) {
 			t.Errorf("seed %d: from %d to %d, right %t; the stream ends at %d", seed, p, now.at, c.right, c.s.pos)
 		}
 	}
+}
+
+// TestClearedCopyIsAhead: a copy that had more than was committed when it was
+// cleared is right after the fill, also where blocks went back to what they were.
+func TestClearedCopyIsAhead(t *testing.T) {
+	c := newReplica(t, 1, Options{})
+	c.s.all, c.s.segments, c.s.pos, c.s.previous, c.s.state = nil, nil, 0, segment.Summary{}, segment.State{}
+	whole, first := block.Range{Len: testSizes[0]}, block.Range{Len: testBlock}
+	add := func(r stream.Record) {
+		if r.Kind.TakesPosition() {
+			c.s.pos++
+		}
+		c.s.add(r)
+	}
+	add(stream.Record{Kind: stream.KindGap, Position: 1, Ranges: []block.DiskRange{{Disk: 0, Range: whole}}})
+	add(stream.Record{Kind: stream.KindFill, Fill: stream.FillData, Position: 1, ValidFrom: 1, Range: whole, Payload: c.s.payload(whole.Len)})
+	c.s.state.Settled = 1
+	add(stream.Record{Kind: stream.KindSettled, Position: 1})
+	c.s.seal()
+	c.in.more(1000)
+	if more, err := c.drain(1); more || err != nil {
+		t.Fatal(more, err)
+	}
+	add(stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: 2, Range: first, Payload: c.s.payload(testBlock)})
+	c.s.seal()
+	c.in.more(1000)
+	if more, err := c.take(0); !more || err != nil { // it is in the copy, and not committed
+		t.Fatal(more, err)
+	}
+	c.s.state.Settled, c.s.state.GapSince = 0, 3
+	add(stream.Record{Kind: stream.KindGap, Position: 3, Ranges: []block.DiskRange{{Disk: 0, Range: first}}})
+	add(stream.Record{Kind: stream.KindFill, Fill: stream.FillSame, Base: 1, Position: 3, ValidFrom: 3, Range: first})
+	c.s.state.Settled, c.s.state.GapSince = 3, 0
+	add(stream.Record{Kind: stream.KindSettled, Position: 3})
+	c.s.seal()
+	c.in.more(1000)
+	if err := c.clear(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.drain(1000); err != nil || !c.right || c.reached != 3 {
+		t.Errorf("right %t at %d: %v", c.right, c.reached, err)
+	}
+}
+
+// drain takes and commits until nothing is pending.
+func (c *replica) drain(most int) (more bool, err error) {
+	for range most * 1000 {
+		if more, err = c.take(0); !more || err != nil {
+			return more, err
+		}
+		if err := c.commit(c.applied); err != nil {
+			return false, err
+		}
+	}
+	return more, nil
 }
 
 // TestDamagedSegment: it is named, and nothing of it or behind it is given; what

@@ -120,7 +120,9 @@ func (c *Client) send(ctx context.Context, method, path string, body any) (*http
 	if resp.StatusCode >= 300 {
 		defer resp.Body.Close()
 		var e struct{ Error *Error }
-		if err := json.NewDecoder(io.LimitReader(resp.Body, bodyMax)).Decode(&e); err != nil || e.Error == nil {
+		if err := json.NewDecoder(io.LimitReader(resp.Body, bodyMax)).Decode(&e); err != nil && resp.Header.Get("Content-Type") == "application/json" {
+			return nil, c.gone(err) // in the middle of its refusal
+		} else if err != nil || e.Error == nil {
 			return nil, fmt.Errorf("daemon at %s: HTTP status %s", c.socket, resp.Status)
 		}
 		return nil, e.Error
