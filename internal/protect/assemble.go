@@ -356,9 +356,10 @@ func (b base) close() {
 	}
 }
 
-// compareWith hands the fills a base, which is closed where it is of no use.
+// compareWith hands the fills a base, which is closed where it is of no use: while
+// fills are under way, and to a session that only salvages and fills nothing.
 func (s *session) compareWith(b base) {
-	if len(b.views) == 0 || len(s.filler.out) > 0 {
+	if len(b.views) == 0 || s.filler == nil || len(s.filler.out) > 0 {
 		b.close()
 		return
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"testing"
 
+	"tidemark/internal/block"
 	"tidemark/internal/segment"
 	"tidemark/internal/source"
 	"tidemark/internal/stream"
@@ -73,5 +74,24 @@ func TestSalvagedBookmark(t *testing.T) {
 	}
 	if s.position != 0 || s.builder.Records() != 0 {
 		t.Errorf("position %d, %d records", s.position, s.builder.Records())
+	}
+}
+
+// lent is a view that is closed when nobody wants it.
+type lent struct {
+	block.Device
+	closed int
+}
+
+func (l *lent) Close() error { l.closed++; return nil }
+
+// TestSalvageComparesNothing: a session that only salvages what a tap of disks
+// that are gone holds has nothing to fill, and lets go of what it could compare with.
+func TestSalvageComparesNothing(t *testing.T) {
+	s, l := bookmarking(), &lent{}
+	s.salvaging = true
+	s.compareWith(base{views: []block.Device{l}})
+	if l.closed != 1 {
+		t.Errorf("closed %d times", l.closed)
 	}
 }

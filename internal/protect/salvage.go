@@ -50,7 +50,7 @@ func (s *session) salvage(ctx context.Context, h *timeline.History) (*timeline.H
 		if err != nil {
 			return h, fmt.Errorf("moving what the ring holds into the history: %w", err)
 		}
-		done = done && !s.full
+		done = done && !s.full && s.builder.Records() == 0 // else what it held was distrusted: a gap is to be sealed, and behind it what was taken back
 	}
 	s.pending.arrived(s.previous.Sequence)
 	s.uncleared = s.uncleared[:0] // of the old tap, which goes
