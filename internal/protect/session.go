@@ -79,6 +79,7 @@ type session struct {
 	lastScan   time.Time
 	lastWatch  time.Time
 	drainSince time.Time
+	quieters   int // who wait until nothing is in flight that was
 	stillLooks int // of watch, in a row, in which nothing was written or on its way
 	watched    watched
 	untold     untold
@@ -309,7 +310,7 @@ func (s *session) settle() error {
 // tracking are known to have ended, whatever the load. In doubt it stays on,
 // which costs time and nothing else.
 func (s *session) endsOff() error {
-	if !s.source.Ends() || time.Since(s.lastScan) < watchEach {
+	if !s.source.Ends() || s.quieters > 0 || time.Since(s.lastScan) < watchEach {
 		return nil
 	}
 	s.lastScan = time.Now()
