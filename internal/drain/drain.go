@@ -46,6 +46,7 @@ import (
 // Errors that callers branch on.
 var (
 	ErrNothing    = errors.New("nothing is pending")
+	ErrUndecided  = errors.New("it is prepared, and waits for its verdict") // comes with ErrNothing
 	ErrNotSealed  = errors.New("not sealed yet")
 	ErrNoConsumer = errors.New("no such consumer")
 	ErrName       = errors.New("not a consumer's name")

@@ -187,7 +187,7 @@ func (m *maker) committed(ctx context.Context, f *segment.File, e *segment.Entry
 		if v.next != at.Sequence {
 			var err error
 			if g, err = m.fetch(ctx, v.next); errors.Is(err, ErrNotSealed) {
-				return false, fmt.Errorf("%w: bookmark %q is prepared, and waits for its verdict", ErrNothing, e.Name)
+				return false, fmt.Errorf("%w: bookmark %q: %w", ErrNothing, e.Name, ErrUndecided)
 			} else if err != nil {
 				return false, err
 			}
