@@ -21,6 +21,7 @@ func newDaemon() *cobra.Command {
 	var nodes string
 	var compat []string
 	var metrics string
+	var compatVault string
 	var asJSON, force bool
 	cmd := &cobra.Command{
 		Use:   "daemon",
@@ -43,7 +44,7 @@ not end the capture: that goes on in the kernel, and the next daemon takes over.
 			signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
 			defer signal.Stop(stop)
 			return daemon.Run(context.WithoutCancel(cmd.Context()), daemon.Config{StateDir: state, Socket: *socketFlagOf(cmd), Version: version, Log: log,
-				DeviceHelper: []string{self, "device-helper"}, SpliceGuard: []string{"/proc/self/exe"}, Nodes: nodes, Stop: stop, Force: force, Compat: compat, Metrics: metrics, Step: testSteps()})
+				DeviceHelper: []string{self, "device-helper"}, SpliceGuard: []string{"/proc/self/exe"}, Nodes: nodes, Stop: stop, Force: force, Compat: compat, CompatVault: compatVault, Metrics: metrics, Step: testSteps()})
 		},
 	}
 	socketFlag(cmd)
@@ -52,6 +53,7 @@ not end the capture: that goes on in the kernel, and the next daemon takes over.
 	cmd.Flags().BoolVar(&force, "force", false, "end on a signal also while served devices are open")
 	cmd.Flags().StringSliceVar(&compat, "compat", nil, "control devices of other systems to answer: "+strings.Join(daemon.Compat, ", "))
 	cmd.Flags().StringVar(&metrics, "metrics", "", "answer Prometheus at HOST:PORT of this machine alone, or at the path of a unix socket")
+	cmd.Flags().StringVar(&compatVault, "compat-vault", "", "vault of the groups that /dev/involflt makes for disks that are in none")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "log JSON")
 	return cmd
 }

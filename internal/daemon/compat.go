@@ -4,29 +4,24 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 
 	"tidemark/internal/control/blksnap"
 	"tidemark/internal/control/cuse"
+	"tidemark/internal/control/involflt"
 	"tidemark/internal/health"
 )
 
 // Compat are the interfaces of other systems that the daemon can answer.
-var Compat = []string{"blksnap"}
+var Compat = []string{"blksnap", "involflt"}
 
-var (
-	// ErrCompat: there is no such interface.
-	ErrCompat = errors.New("no such interface")
-	// ErrCompatUnbuilt: there will be one, and it does not work as a whole yet.
-	ErrCompatUnbuilt = errors.New("this interface is not served yet")
-)
+// ErrCompat: there is no such interface.
+var ErrCompat = errors.New("no such interface")
 
 func checkCompat(names []string) error {
 	for _, n := range names {
-		if n == "involflt" {
-			return fmt.Errorf("--compat involflt: %w: /dev/involflt is not connected with the groups (docs/involflt.md)\n  There are: %s", ErrCompatUnbuilt, strings.Join(Compat, ", "))
-		}
 		if !slices.Contains(Compat, n) {
 			return fmt.Errorf("--compat %q: %w\n  There are: %s", n, ErrCompat, strings.Join(Compat, ", "))
 		}
@@ -36,11 +31,10 @@ func checkCompat(names []string) error {
 
 // startCompat makes the control devices of other systems. What cannot be had is
 // a condition: protection goes on without it. The function ends them.
-func (s *service) startCompat(ctx context.Context, names []string) (stop func()) {
-	var devices []*cuse.Server
-	var servers []*blksnap.Server
-	for _, name := range names {
-		server, device, err := blksnap.Start(ctx, &blksnapSystem{devices: s.devices, health: &s.health, tracked: map[string]bool{}}, "/dev", s.env.Log)
+func (s *service) startCompat(ctx context.Context, cfg *Config) (stop func()) {
+	var ends []func(context.Context) error
+	for _, name := range cfg.Compat {
+		end, err := s.startDevice(ctx, name, cfg)
 		if err != nil {
 			s.env.Log.Error("a compatible control device cannot be had", "device", "/dev/"+name, "error", err)
 			remedy := "Load the kernel's module cuse (modprobe cuse), run as root, and start the daemon again."
@@ -51,15 +45,39 @@ func (s *service) startCompat(ctx context.Context, names []string) (stop func())
 			continue
 		}
 		s.env.Log.Info("answering programs written for another system", "device", "/dev/"+name)
-		devices, servers = append(devices, device), append(servers, server)
+		ends = append(ends, end)
 	}
 	return func() {
 		end, cancel := context.WithTimeout(context.Background(), shutdownMax)
 		defer cancel()
-		for i, d := range devices {
-			if err := errors.Join(d.Close(end), servers[i].Close()); err != nil {
+		for _, e := range ends {
+			if err := e(end); err != nil {
 				s.env.Log.Error("ending a compatible control device", "error", err)
 			}
 		}
 	}
+}
+
+// startDevice makes one of them; end takes it away.
+func (s *service) startDevice(ctx context.Context, name string, cfg *Config) (end func(context.Context) error, err error) {
+	var device *cuse.Server
+	var server interface{ Close() error }
+	if name == "blksnap" {
+		server, device, err = blksnap.Start(ctx, &blksnapSystem{devices: s.devices, health: &s.health, tracked: map[string]bool{}}, "/dev", s.env.Log)
+	} else {
+		server, device, err = s.startInvolflt(ctx, cfg.CompatVault)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context) error { return errors.Join(device.Close(ctx), server.Close()) }, nil
+}
+
+func (s *service) startInvolflt(ctx context.Context, vault string) (*involflt.Server, *cuse.Server, error) {
+	dir := filepath.Join(s.env.StateDir, "involflt")
+	system, err := newInvolflt(s, dir, vault)
+	if err != nil {
+		return nil, nil, err
+	}
+	return involflt.Start(ctx, system, filepath.Join(dir, "data"), s.env.Log)
 }

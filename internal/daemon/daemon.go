@@ -46,7 +46,9 @@ type Config struct {
 	Stop <-chan os.Signal
 	// Compat names control devices of other systems that it answers, of Compat.
 	Compat []string
-	Force  bool
+	// CompatVault is the vault of the groups that /dev/involflt makes for disks that are in none; empty: it makes none.
+	CompatVault string
+	Force       bool
 	// Step is told before each step of a mark over groups, by name; nil: nobody is. It is for tests.
 	Step func(step string)
 	// Metrics is where it answers Prometheus; "": nowhere.
@@ -118,7 +120,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	svc.start() // when their served devices are there
 	tellMetrics()
 	defer svc.stopDevices()
-	stopCompat := svc.startCompat(ctx, cfg.Compat)
+	stopCompat := svc.startCompat(ctx, &cfg)
 	defer stopCompat()
 	server := &http.Server{Handler: api.Handler(svc), ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(cfg.Log.Handler(), slog.LevelWarn)}
 	served := make(chan error, 1)

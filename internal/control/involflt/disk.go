@@ -134,11 +134,11 @@ func (f *file) get(ctx context.Context, arg uint64, m memory) error {
 	if d.stopped.Load() {
 		return syscall.EBUSY
 	}
+	state := d.queue.State() // before: what comes after this look is later than its Known
 	p, err := d.current(ctx)
 	if err != nil {
 		return err
 	}
-	state := d.queue.State()
 	b, g, err := d.render(p, state)
 	if err != nil {
 		d.s.trouble("a block cannot be handed over", "device", d.device, "error", err)

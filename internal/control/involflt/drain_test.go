@@ -92,6 +92,19 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// TestEmptyStamp: an empty answer says that all up to its stamp has been given;
+// what came while it was made is later.
+func TestEmptyStamp(t *testing.T) {
+	m := newSystem("/dev/a")
+	c := newClient(t, m)
+	f, q := c.started("/dev/a"), m.queues["/dev/a"]
+	q.known, q.late = involflt.Stamp{Time: 500, Sequence: 2}, true
+	b := c.mustBlock(f)
+	if first, _, _, _, err := involflt.ParseTagList(b.Tags[:]); err != nil || first.Time != 500 {
+		t.Errorf("%v, %v", first, err)
+	}
+}
+
 // TestSplit: random batches of changes, some larger than a block. What a client
 // that applies whole changes has at their end is what was written; each part
 // comes again alike, also for a server that begins anew.
@@ -294,6 +307,11 @@ func TestBinding(t *testing.T) {
 	c.is(syscall.EINVAL, f, involflt.StartFiltering, info("/dev/c", "na"))
 	c.is(syscall.ENODEV, f, involflt.StartFiltering, info("/dev/c", "nc"))
 
+	c.is(nil, f, involflt.StartFiltering, info("/alias/a", "na"))
+	c.is(syscall.EINVAL, f, involflt.StartFiltering, info("/alias/a", "else"))
+	if len(c.s.all()) != 2 {
+		t.Error("another path is another disk")
+	}
 	second := c.started("/dev/a")
 	c.is(nil, second, involflt.StopFiltering, named("/dev/a"))
 	if _, err := c.block(f); err != syscall.EBUSY {

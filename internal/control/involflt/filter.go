@@ -10,15 +10,29 @@ import (
 	"tidemark/internal/abi/involflt"
 )
 
-// find gives a disk by its device's path or its persistent name; nil: it is not filtered.
+// find gives a disk by its device, or its persistent name; nil: it is not filtered.
 func (s *Server) find(name string) *disk {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if d := s.disks[name]; d != nil {
+	if d := s.byDevice(name); d != nil {
 		return d
 	}
-	for _, d := range s.disks {
+	for _, d := range s.all() {
 		if d.name == name {
+			return d
+		}
+	}
+	return nil
+}
+
+// byDevice gives a disk by any path of its device; nil: it is not filtered.
+func (s *Server) byDevice(path string) *disk {
+	s.mu.Lock()
+	d := s.disks[path]
+	s.mu.Unlock()
+	if d != nil {
+		return d
+	}
+	for _, d := range s.all() {
+		if s.system.Same(d.device, path) {
 			return d
 		}
 	}
@@ -91,14 +105,14 @@ func (f *file) start(ctx context.Context, arg uint64, m memory) error {
 }
 
 func (s *Server) filtered(ctx context.Context, device, name string) (*disk, error) {
+	if d := s.byDevice(device); d != nil && d.name == name {
+		return d, nil
+	} else if d != nil {
+		return nil, syscall.EINVAL
+	}
 	all := s.all()
-	for _, d := range all {
-		switch {
-		case d.device == device && d.name == name:
-			return d, nil
-		case d.device == device || d.name == name:
-			return nil, syscall.EINVAL
-		}
+	if slices.ContainsFunc(all, func(d *disk) bool { return d.name == name }) {
+		return nil, syscall.EINVAL
 	}
 	if len(all) >= disksMax {
 		return nil, syscall.ENOMEM

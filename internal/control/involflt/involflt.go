@@ -43,6 +43,8 @@ type System interface {
 	// Start has a disk's changes kept for this interface: from now on or, where
 	// they are kept already, from what was committed last. ErrNoDevice, ErrRefused.
 	Start(ctx context.Context, device, name string) (Queue, error)
+	// Same says whether two paths lead to one device.
+	Same(a, b string) bool
 	// Stop keeps them no more, and forgets what is pending. Of a disk that is not kept it does nothing.
 	Stop(ctx context.Context, device string) error
 	// Kept lists the disks that were started and not stopped, also by earlier daemons.

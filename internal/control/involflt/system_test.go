@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -48,6 +49,12 @@ func (s *memSystem) Start(_ context.Context, device, name string) (Queue, error)
 	s.changed++
 	s.names[device] = name
 	return q, nil
+}
+
+// Same takes /alias/a for /dev/a.
+func (s *memSystem) Same(a, b string) bool {
+	plain := func(p string) string { return strings.Replace(p, "/alias/", "/dev/", 1) }
+	return plain(a) == plain(b)
 }
 
 func (s *memSystem) Stop(_ context.Context, device string) error {
@@ -150,6 +157,7 @@ type memQueue struct {
 	resync    Resync
 	more      chan struct{} // closed when something is added
 	settled   int
+	late      bool // something becomes known right after Next has found nothing
 }
 
 func newQueue(s *memSystem) *memQueue {
@@ -198,6 +206,9 @@ func (q *memQueue) Next(context.Context) (Batch, error) {
 			}
 		}
 		return e.batch, nil
+	}
+	if q.late {
+		q.known.Time += 1000
 	}
 	return Batch{}, ErrEmpty
 }

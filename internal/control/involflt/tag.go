@@ -144,9 +144,7 @@ func (s *Server) choose(t *tagCall) (refused error) {
 	refused = syscall.EPERM
 	for i := range t.list {
 		device, _ := t.list[i].Device.String()
-		s.mu.Lock()
-		d := s.disks[device]
-		s.mu.Unlock()
+		d := s.byDevice(device)
 		switch {
 		case d == nil:
 			t.list[i].Status, t.missing = involflt.StatusNotProtected, true

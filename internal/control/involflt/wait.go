@@ -32,7 +32,7 @@ func (f *file) wait(ctx context.Context, arg uint64, m memory) error {
 	if err != nil {
 		return err
 	}
-	if name, _ := in.Device.String(); name != d.device {
+	if name, _ := in.Device.String(); name != d.device && !f.s.system.Same(name, d.device) {
 		return syscall.EINVAL
 	}
 	return d.wait(ctx, in.Seconds)
