@@ -46,7 +46,7 @@ const (
 // once are tests that take long and that kernels do not answer differently: each
 // runs on one of them, and is left out on the one named here.
 var once = map[string]string{
-	debian61:  "^Test(ServedLimits|ServedAfterReboot|FillUnderLoad|TableChanged|UnderLoad|LVM|Splice|GuardMakesWay|ServedPulled|KilledWhileStorageGrows)$",
+	debian61:  "^Test(ServedLimits|ServedAfterReboot|FillUnderLoad|TableChanged|UnderLoad|LVM|Splice|GuardMakesWay|ServedPulled|KilledWhileStorageGrows|Backings)$",
 	debian612: "^Test(Pulled|Refused|ReconnectUnderLoad|OlderLayout|SpliceTables)$",
 }
 
