@@ -154,10 +154,9 @@ func openState(dir, socket string) (*os.File, error) {
 	if err != nil {
 		return nil, unusable(err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		defer f.Close()
-		who, _ := io.ReadAll(io.LimitReader(f, 4096)) // nothing yet: it is just starting
-		return nil, fmt.Errorf("the state folder %s is in use: %w%s\n  End that one, or give this one another --state and --socket", dir, ErrRunning, strings.TrimRight(" "+string(who), " \n"))
+	if who, err := takeState(f); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("the state folder %s is in use: %w%s\n  End that one, or give this one another --state and --socket", dir, ErrRunning, strings.TrimRight(" "+who, " \n"))
 	}
 	if err = f.Truncate(0); err == nil {
 		_, err = fmt.Fprintf(f, "(process %d, which answers at %s)\n", os.Getpid(), socket)
@@ -167,6 +166,39 @@ func openState(dir, socket string) (*os.File, error) {
 		return nil, unusable(err)
 	}
 	return f, nil
+}
+
+// inheritedMax bounds the wait for what a killed daemon was just starting.
+const inheritedMax = 5 * time.Second
+
+// takeState locks the state folder, or says who has it. Of a daemon that was
+// killed while it started another program, that program's process has the lock
+// until it has become that program: it is waited for.
+func takeState(f *os.File) (who string, err error) {
+	for deadline := time.Now().Add(inheritedMax); ; time.Sleep(20 * time.Millisecond) {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return "", nil
+		}
+		note, _ := io.ReadAll(io.NewSectionReader(f, 0, 4096)) // nothing yet: it is just starting
+		if !ended(string(note)) || time.Now().After(deadline) {
+			return string(note), err
+		}
+	}
+}
+
+// ended says that the process of a note is gone.
+func ended(note string) bool {
+	var pid int
+	if n, _ := fmt.Sscanf(note, "(process %d,", &pid); n != 1 || pid < 2 {
+		return false
+	}
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
+	}
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	return strings.HasPrefix(rest, "Z") || strings.HasPrefix(rest, "X")
 }
 
 // unusable says what to do about a state folder that cannot be written to.

@@ -4,11 +4,13 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -158,6 +160,34 @@ func TestRequestUnderWay(t *testing.T) {
 	if err := r.stop(); err != nil {
 		t.Errorf("ended with %v", err)
 	}
+}
+
+// TestLockThatOutlivesItsDaemon: what a killed daemon was just starting has its
+// lock for a moment longer. The next daemon waits for that.
+func TestLockThatOutlivesItsDaemon(t *testing.T) {
+	gone := exec.Command("true")
+	if err := gone.Run(); err != nil {
+		t.Fatal(err)
+	}
+	state := t.TempDir()
+	f, err := os.Create(filepath.Join(state, "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	fmt.Fprintf(f, "(process %d, which answers at /nowhere)\n", gone.Process.Pid)
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		time.Sleep(300 * time.Millisecond)
+		f.Close()
+	}()
+	got, err := openState(state, "/here")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got.Close()
 }
 
 // TestOneDaemonAStateFolder: the second is told who has it, and changes nothing.
