@@ -108,8 +108,9 @@ func (s *Server) replaced(ctx context.Context, c *dm.Control, d *Device) error {
 // volume leads past Tidemark. Then the device is tried again.
 func (s *Server) spliceAnew(ctx context.Context, c *dm.Control, d *Device) {
 	name, volume := d.spec.Name, d.spec.Splice.Name
+	first := !d.lost
 	d.set(func() { d.lost, d.tried = true, time.Now() })
-	fresh, err := s.again(ctx, c, d)
+	fresh, err := s.again(ctx, c, d, first)
 	if err == nil {
 		fresh.health.Raise(health.Condition{Code: "splice-replaced", Severity: health.Info, Subject: name,
 			Detail: fmt.Sprintf("The volume %s got another table, by LVM or at the start of the machine, and was spliced again: its change map begins a new generation.", volume),
@@ -129,10 +130,15 @@ func (s *Server) spliceAnew(ctx context.Context, c *dm.Control, d *Device) {
 	s.mu.Unlock()
 }
 
-// again splices the volume, whatever its number is by now.
-func (s *Server) again(ctx context.Context, c *dm.Control, d *Device) (*Device, error) {
+// again splices the volume, whatever its number is by now. At first what is just
+// being taken down is waited for.
+func (s *Server) again(ctx context.Context, c *dm.Control, d *Device, first bool) (*Device, error) {
 	sp := d.spec.Splice
-	if err := letGo(ctx, func() error { return sp.Remove(c) }); err != nil {
+	err := sp.Remove(c)
+	if err != nil && first {
+		err = letGo(ctx, func() error { return sp.Remove(c) })
+	}
+	if err != nil {
 		return nil, err
 	}
 	info, err := c.Info(dm.Named(sp.Name))
