@@ -38,6 +38,9 @@ const boots = 3
 func (g *guest) boot(t testing.TB) *results {
 	t.Helper()
 	kernel, err := output(t, "./kernel.sh", g.suite)
+	if err != nil && g.suite == debianNewest {
+		testkit.Lack(t, "vm-newest", err) // it moves, and must not stop everything when it stumbles
+	}
 	if err != nil {
 		testkit.Lack(t, "vm", err)
 	}

@@ -85,11 +85,16 @@ func root(t testing.TB) string {
 // there, at their own paths; what it changes is gone when it ends.
 func (g *guest) script(kernel, program string) string {
 	var b strings.Builder
+	newest := "" // what only it can do must then be done
+	if g.suite == debianNewest {
+		newest = "export TIDEMARK_NEWEST=1"
+	}
 	fmt.Fprintf(&b, `#!/bin/bash
 exec </dev/null >/results/log 2>&1
 touch /results/booted
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C DM_DISABLE_UDEV=1
 export TIDEMARK_REQUIRE=root,tap,loop,fuse,dm,nbd,cuse TIDEMARK_SKIPS=/results/skips TIDEMARK_BIN=%[2]s
+%[3]s
 mkdir -p /dev/shm /dev/pts /run
 mount -t tmpfs shm /dev/shm
 mount -t devpts pts /dev/pts
@@ -101,7 +106,7 @@ ln -sfn %[1]s/lib/modules/$(uname -r) /lib/modules/$(uname -r)
 modprobe loop max_loop=16
 for m in fuse virtio_blk nvme dm-mod ext4 xfs btrfs ublk_drv nbd cuse; do modprobe $m; done
 busybox ip link set lo up
-`, quote(kernel), quote(program))
+`, quote(kernel), quote(program), newest)
 	for _, j := range g.jobs {
 		what := fmt.Sprintf("-test.v=test2json -test.short -test.count=%d -test.run=%s -test.skip=%s", max(j.count, 1), quote(j.run), quote(j.skip))
 		if j.bench != "" {

@@ -41,7 +41,15 @@ func jobs() []job {
 const (
 	debian61  = "bookworm"
 	debian612 = "bookworm-backports"
+	// The newest kernel that Debian has for a stable release.
+	debianNewest = "trixie-backports"
 )
+
+// newest is what runs on the newest kernel unless TIDEMARK_VM_ALL is set: what
+// the older ones cannot do.
+var newest = []job{
+	{pkg: "internal/front/ublk", timeout: 5 * time.Minute},
+}
 
 // once are tests that take long and that kernels do not answer differently: each
 // runs on one of them, and is left out on the one named here.
@@ -51,12 +59,21 @@ var once = map[string]string{
 }
 
 // The guests run side by side: much of what they do is to wait.
-func TestDebian61(t *testing.T)  { t.Parallel(); runGuest(t, debian61) }
-func TestDebian612(t *testing.T) { t.Parallel(); runGuest(t, debian612) }
+func TestDebian61(t *testing.T)  { t.Parallel(); runGuest(t, debian61, jobs()) }
+func TestDebian612(t *testing.T) { t.Parallel(); runGuest(t, debian612, jobs()) }
 
-func runGuest(t *testing.T, suite string) {
+func TestDebianNewest(t *testing.T) {
+	t.Parallel()
+	if os.Getenv("TIDEMARK_VM_ALL") != "" || os.Getenv("TIDEMARK_VM_PACKAGES") != "" {
+		runGuest(t, debianNewest, jobs())
+		return
+	}
+	runGuest(t, debianNewest, newest)
+}
+
+func runGuest(t *testing.T, suite string, jobs []job) {
 	testkit.Need(t, "vm")
-	g := &guest{suite: suite, jobs: jobs(), timeout: 25 * time.Minute}
+	g := &guest{suite: suite, jobs: jobs, timeout: 25 * time.Minute}
 	if only := os.Getenv("TIDEMARK_VM_PACKAGES"); only != "" {
 		g.jobs = slices.DeleteFunc(g.jobs, func(j job) bool { return !slices.Contains(strings.Split(only, ","), j.pkg) })
 	}
