@@ -44,7 +44,9 @@ func parse(pkg string, printed []byte) (*outcome, error) {
 		case "output":
 			o.output.WriteString(e.Output)
 		case "pass", "fail", "skip":
-			o.result, o.elapsed = e.Action, e.Elapsed
+			if o.result != "fail" { // of several runs one that failed counts
+				o.result, o.elapsed = e.Action, e.Elapsed
+			}
 		}
 	}
 	return all, nil
