@@ -1,9 +1,11 @@
 /* A client of /dev/involflt, in C:
  *
  *   involflt walk DEV OTHER          every command, right and wrong; DEV may be filtered, OTHER has a file system that is mounted
- *   involflt replicate DEV COPY END  drains DEV into COPY; prints "tag NAME HASH" at each tag, HASH being of COPY then, and
- *                                    "copies" when everything that was there has come; ends when the file END is there and nothing is pending
+ *   involflt replicate DEV COPY      drains DEV into COPY; prints "tag NAME HASH" at each tag, HASH being of COPY then, and
+ *                                    "copies" when everything that was there has come; ends with the tag "end"; outlives the daemon.
+ *                                    A tag that was not committed comes again, and is printed again
  *   involflt point DEV NAME          freezes DEV, prints "tag NAME HASH" of DEV, tags, thaws, commits; each with a descriptor of its own
+ *   involflt tag DEV NAME            tags all disks at once, and prints that of DEV
  *   involflt wait DEV                waits for a minute
  *   involflt stop DEV                filters it no more */
 #define _GNU_SOURCE
@@ -93,8 +95,8 @@ static uint64_t hash(const char *path)
 /* what the drainer knows of the blocks that it has had */
 struct drained {
 	uint64_t time, seq; /* end of the last one */
-	int fd, out;
-	int ordered; /* no copies are missing */
+	int out;
+	int told, ended;
 };
 
 static uint32_t u32(const unsigned char *b) { uint32_t v; memcpy(&v, b, 4); return v; }
@@ -137,73 +139,111 @@ static void tagged(struct drained *d, UDIRTY_BLOCK_V2 *b, const char *copy)
 {
 	unsigned char *t = (void *)&b->uTagList;
 	MUST(u32(t) == 0x04000001 && u64(t + 16) == u64(t + 40) && u64(t + 24) == u64(t + 48) && u32(t + 60) == 2);
-	MUST(d->ordered && u64(t + 24) >= d->time);
+	MUST(b->uHdr.Hdr.eWOState == 3 && u64(t + 24) >= d->time);
 	t += 64; /* one user record: header of 4 bytes, length, text */
 	MUST((u32(t) & 0xffff) == 5);
 	int n = t[4] | t[5] << 8;
 	fsync(d->out);
 	printf("tag %.*s %016llx\n", n, t + 6, (unsigned long long)hash(copy));
 	fflush(stdout);
+	d->ended = n == 3 && !memcmp(t + 6, "end", 3);
 }
 
-static void commit(int fd, uint64_t id)
+static int commit(int fd, const UDIRTY_BLOCK_V2 *b)
 {
+	uint64_t id = b->uHdr.Hdr.uliTransactionID;
 	COMMIT_TRANSACTION c = { .ulTransactionID = id + 1000 };
-	UDIRTY_BLOCK_V2 b;
-	if (id % 7 == 0) { /* a wrong number changes nothing */
-		CHECK(!ioctl(fd, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS, &b) && b.uHdr.Hdr.uliTransactionID == id);
-		FAILS(ioctl(fd, IOCTL_INMAGE_COMMIT_DIRTY_BLOCKS_TRANS, &c), EFAULT);
+	UDIRTY_BLOCK_V2 again;
+	if (id % 3 == 0 && !(b->uHdr.Hdr.ulFlags & UDIRTY_BLOCK_FLAG_TSO_FILE)) { /* a wrong number changes nothing */
+		if (!ioctl(fd, IOCTL_INMAGE_COMMIT_DIRTY_BLOCKS_TRANS, &c) || errno != EFAULT || ioctl(fd, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS, &again))
+			return -1;
+		MUST(again.uHdr.Hdr.uliTransactionID == id && again.uHdr.Hdr.cChanges == b->uHdr.Hdr.cChanges);
 	}
 	c.ulTransactionID = id;
-	MUST(!ioctl(fd, IOCTL_INMAGE_COMMIT_DIRTY_BLOCKS_TRANS, &c));
+	return ioctl(fd, IOCTL_INMAGE_COMMIT_DIRTY_BLOCKS_TRANS, &c);
 }
 
-static int replicate(const char *dev, const char *copy, const char *end)
+/* step hands one block over. -1: the daemon has gone, or errno says what is wrong. */
+static int step(struct drained *d, int fd, const char *dev, const char *copy)
 {
-	struct drained d = { .fd = control(), .out = open(copy, O_RDWR), .ordered = 0 };
-	int lease = control(), service = control(), told = 0;
-	uint32_t flags = 3;
 	WAIT_FOR_DB_NOTIFY w = { .Seconds = 1 };
 	UDIRTY_BLOCK_V2 b;
-	MUST(d.out >= 0 && !ioctl(service, IOCTL_INMAGE_SERVICE_SHUTDOWN_NOTIFY, &flags) && !ioctl(lease, IOCTL_INMAGE_PROCESS_START_NOTIFY, &flags));
-	MUST(!filter(d.fd, dev));
 	strcpy(w.VolumeGUID, dev);
-	for (int empty = 0;;) {
-		int last = !access(end, F_OK);
-		if (ioctl(d.fd, IOCTL_INMAGE_WAIT_FOR_DB_V2, &w))
-			MUST(errno == ETIMEDOUT);
-		memset(&b, 0xaa, sizeof(b));
-		if (ioctl(d.fd, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS_V2, &b)) {
-			MUST(errno == EAGAIN); /* a tag waits for its verdict */
-			usleep(10000);
-			continue;
-		}
-		uint32_t f = b.uHdr.Hdr.ulFlags;
-		MUST(!(f & (UDIRTY_BLOCK_FLAG_SVD_STREAM | UDIRTY_BLOCK_FLAG_VOLUME_RESYNC_REQUIRED)));
-		if (f & UDIRTY_BLOCK_FLAG_TSO_FILE) {
-			empty++;
-		} else if (f & UDIRTY_BLOCK_FLAG_DATA_FILE) {
-			empty = 0;
-			d.ordered = b.uHdr.Hdr.eWOState == 3;
-			apply(&d, &b);
-		} else if (b.uHdr.Hdr.cChanges == 0) {
-			MUST(b.uHdr.Hdr.eWOState == 3 && told);
-			tagged(&d, &b, copy);
-		} else {
-			MUST(b.uHdr.Hdr.eWOState == 2); /* ranges: copies of them will follow */
-		}
-		if (b.uHdr.Hdr.eWOState == 3 && !told) {
-			told = d.ordered = 1;
-			printf("copies\n");
-			fflush(stdout);
-		}
-		commit(d.fd, b.uHdr.Hdr.uliTransactionID);
-		if (last && empty > 3)
-			break;
+	if (ioctl(fd, IOCTL_INMAGE_WAIT_FOR_DB_V2, &w) && errno != ETIMEDOUT && errno != EAGAIN)
+		return -1;
+	memset(&b, 0xaa, sizeof(b));
+	if (ioctl(fd, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS_V2, &b)) {
+		if (errno != EAGAIN) /* a tag waits for its verdict */
+			return -1;
+		usleep(10000);
+		return 0;
 	}
-	close(lease);
-	close(service);
+	uint32_t f = b.uHdr.Hdr.ulFlags, order = b.uHdr.Hdr.eWOState;
+	MUST(!(f & (UDIRTY_BLOCK_FLAG_SVD_STREAM | UDIRTY_BLOCK_FLAG_VOLUME_RESYNC_REQUIRED)));
+	if (order == 3 && !d->told) {
+		d->told = 1;
+		printf("copies\n");
+		fflush(stdout);
+	}
+	if (f & UDIRTY_BLOCK_FLAG_DATA_FILE)
+		apply(d, &b);
+	else if (f & UDIRTY_BLOCK_FLAG_TSO_FILE)
+		MUST(b.uHdr.Hdr.cChanges == 0);
+	else if (b.uHdr.Hdr.cChanges == 0)
+		tagged(d, &b, copy);
+	else
+		MUST(order == 2); /* ranges: copies of them will follow */
+	return commit(fd, &b);
+}
+
+static int away(void)
+{
+	return errno == ENOTCONN || errno == ECONNABORTED || errno == ENOENT || errno == ENXIO || errno == ENODEV;
+}
+
+static int replicate(const char *dev, const char *copy)
+{
+	struct drained d = { .out = open(copy, O_RDWR) };
+	MUST(d.out >= 0);
+	while (!d.ended) {
+		int fd[3] = { -1, -1, -1 }; /* drainer, lease of drainers, lease of the service */
+		uint32_t flags = 3;
+		for (int i = 0; i < 3; i++) {
+			while ((fd[i] = open("/dev/involflt", O_RDWR | O_CLOEXEC)) < 0) {
+				MUST(away());
+				usleep(10000);
+			}
+		}
+		d.time = d.seq = 0; /* what was a part of a larger batch comes again from that one's beginning */
+		if (ioctl(fd[2], IOCTL_INMAGE_SERVICE_SHUTDOWN_NOTIFY, &flags) || ioctl(fd[1], IOCTL_INMAGE_PROCESS_START_NOTIFY, &flags) || filter(fd[0], dev))
+			MUST(away());
+		else
+			while (!d.ended)
+				if (step(&d, fd[0], dev, copy)) {
+					MUST(away());
+					break;
+				}
+		for (int i = 0; i < 3; i++)
+			close(fd[i]);
+	}
 	return fsync(d.out) || bad;
+}
+
+static int tag(const char *dev, const char *name)
+{
+	volume_info_t v = { 0 };
+	tag_names_t n = { .tag_len = strlen(name) };
+	tag_info_t_v2 t = { .flags = 4, .nr_tags = 1, .tag_names = &n, .vol_info = &v };
+	strcpy(n.tag_name, name);
+	memcpy(t.tag_guid, guid, GUID_LEN);
+	uint64_t h = hash(dev);
+	int r = once(IOCTL_INMAGE_IOBARRIER_TAG_VOLUME, &t);
+	if (r) {
+		printf("no tag: %d %s\n", r, strerror(errno));
+		return 2;
+	}
+	printf("tag %s %016llx\n", name, (unsigned long long)h);
+	return bad;
 }
 
 static int point(const char *dev, const char *name)
@@ -424,8 +464,10 @@ int main(int argc, char **argv)
 {
 	if (argc == 4 && !strcmp(argv[1], "walk"))
 		return walk(argv[2], argv[3]);
-	if (argc == 5 && !strcmp(argv[1], "replicate"))
-		return replicate(argv[2], argv[3], argv[4]);
+	if (argc == 4 && !strcmp(argv[1], "replicate"))
+		return replicate(argv[2], argv[3]);
+	if (argc == 4 && !strcmp(argv[1], "tag"))
+		return tag(argv[2], argv[3]);
 	if (argc == 4 && !strcmp(argv[1], "point"))
 		return point(argv[2], argv[3]);
 	if (argc == 3 && !strcmp(argv[1], "wait")) {
