@@ -29,7 +29,7 @@ if [ "${TIDEMARK_VM:-1}" = 0 ]; then
 fi
 plain=$(go list ./... | grep -vxF "${real:-none}" | grep -v "^tidemark/test/vm$")
 go test -race -timeout 20m $plain || status=1
-[ -z "$real" ] || go test -race -count=1 -timeout 40m -p 1 $real || status=1
+[ -z "$real" ] || go test -race -count=1 -timeout 60m -p 1 $real || status=1
 
 after=$(left)
 new=$(comm -13 <(sort <<<"$before") <(sort <<<"$after"))

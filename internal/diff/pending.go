@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"tidemark/internal/vfs"
 )
 
 // Pending is a bounded number of chunk buffers on their way into a storage. Over
@@ -66,7 +68,7 @@ func mapPending(s *Storage, n int, file *os.File) (*Pending, error) {
 	fd, flags := -1, unix.MAP_SHARED|unix.MAP_ANONYMOUS
 	if file != nil {
 		// Allocated now: a tmpfs that is full would kill the process at the first touch.
-		if err := unix.Fallocate(int(file.Fd()), 0, 0, int64(size)); err != nil {
+		if err := vfs.Allocate(file, 0, int64(size)); err != nil {
 			return nil, fmt.Errorf("memory for chunks, %d bytes in %s: %w", size, file.Name(), err)
 		}
 		fd, flags = int(file.Fd()), unix.MAP_SHARED

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tidemark/internal/block"
+	"tidemark/internal/vfs"
 )
 
 // Action is what a Task does.
@@ -157,7 +158,7 @@ func allocateAnew(t Task) error {
 
 // allocate gives a file n bytes more from off on, stable.
 func allocate(f *os.File, off, n int64) error {
-	if err := unix.Fallocate(int(f.Fd()), 0, off, n); err != nil {
+	if err := vfs.Allocate(f, off, n); err != nil {
 		return fmt.Errorf("allocating %d bytes: %w", n, err)
 	}
 	return f.Sync()

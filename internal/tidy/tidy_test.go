@@ -60,11 +60,11 @@ var layer = map[string][]string{
 	"internal/restore":  {"internal/block", "internal/loop"},
 
 	// Served devices.
-	"internal/diff":           {"internal/block"},
+	"internal/diff":           {"internal/block", "internal/vfs"},
 	"internal/stack":          {"internal/block", "internal/health"},
 	"internal/filter/track":   {"internal/block", "internal/cbt", "internal/health", "internal/stack"},
 	"internal/filter/cow":     {"internal/block", "internal/diff", "internal/health", "internal/stack"},
-	"internal/filter/capture": {"internal/block", "internal/health", "internal/source", "internal/stack", "internal/stream"},
+	"internal/filter/capture": {"internal/block", "internal/health", "internal/source", "internal/stack", "internal/stream", "internal/vfs"},
 	"internal/filter/barrier": {"internal/block", "internal/health", "internal/stack"},
 	"internal/filter/delay":   {"internal/block", "internal/health", "internal/stack"},
 	"internal/filter/fault":   {"internal/block", "internal/health", "internal/stack"},

@@ -33,6 +33,7 @@ import (
 
 	"tidemark/internal/block"
 	"tidemark/internal/source"
+	"tidemark/internal/vfs"
 )
 
 // Errors that callers branch on.
@@ -259,7 +260,7 @@ func (r *Ring) file(make bool, size int64) (*os.File, error) {
 		return nil, err
 	}
 	// Allocated, not sparse: a page that cannot be had later would be a SIGBUS in the middle of a write.
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, size); err != nil {
+	if err := vfs.Allocate(f, 0, size); err != nil {
 		return nil, errors.Join(fmt.Errorf("%d bytes: %w", size, err), f.Close(), os.Remove(r.cfg.Path))
 	}
 	return f, nil

@@ -127,3 +127,48 @@ func TestKilledWhileStorageGrows(t *testing.T) {
 	testkit.Run(t, "e2fsck", "-fn", node)
 	d.Run("device", "rm", "data")
 }
+
+// TestKilledWhileTaking: the daemon is killed anywhere in the taking of a snapshot,
+// when it may have frozen the very file system whose device it serves. What is
+// mounted is thawed when the device is served again, and everything goes on.
+func TestKilledWhileTaking(t *testing.T) {
+	_ = exec.Command("modprobe", "ublk_drv").Run() // or nbd, which comes by itself
+	d := program.New(t)
+	image := filepath.Join(d.Dir, "image")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 96<<20)); err != nil {
+		t.Fatal(err)
+	}
+	node := strings.TrimSpace(d.Run("device", "create", "--backing", image, "--name", "data"))
+	dir := t.TempDir()
+	testkit.Run(t, "mkfs.ext4", "-q", node)
+	testkit.Run(t, "mount", node, dir)
+	t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
+	fio := startFio(t, dir, 8)
+	rng := seed(t)
+	for i := range 4 {
+		id := strings.TrimSpace(d.Run("snapshot", "create", "--storage", filepath.Join(d.Dir, fmt.Sprint("diff", i))+":64M", "data"))
+		take := d.Background("snapshot", "take", id)
+		time.Sleep(time.Duration(rng.IntN(400)) * time.Millisecond) // anywhere in it
+		d.Kill()
+		_ = take.Wait() // the next daemon is not asked
+		d.Start()
+		testkit.Run(t, "timeout", "60", "sh", "-c", "echo x > "+dir+"/probe && sync -f "+dir)
+		var all []struct{ ID, State string }
+		if err := json.Unmarshal([]byte(d.Run("snapshot", "ls", "--json")), &all); err != nil || len(all) != 1 {
+			t.Fatalf("snapshots: %+v, %v", all, err)
+		}
+		switch all[0].State {
+		case "taken":
+			testkit.Run(t, "e2fsck", "-fn", "/dev/tidemark/data@"+id)
+		case "created":
+			d.Run("snapshot", "take", id)
+		default:
+			t.Errorf("it is %s", all[0].State)
+		}
+		d.Run("snapshot", "destroy", id)
+	}
+	fio.wait(t, d)
+	testkit.Run(t, "umount", dir)
+	testkit.Run(t, "e2fsck", "-fn", node)
+	d.Run("device", "rm", "data")
+}
