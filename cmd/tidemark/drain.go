@@ -328,7 +328,7 @@ func newDrainList() *cobra.Command {
 	return cmd
 }
 
-var consumerHeader = table.Row{"consumer", "disk", "position", "behind", "lag", "committed", "outstanding", "state"}
+var consumerHeader = table.Row{"consumer", "disk", "position", "behind", "pending", "lag", "committed", "outstanding", "state"}
 
 func consumerRow(c api.Consumer) table.Row {
 	state := "follows"
@@ -344,7 +344,11 @@ func consumerRow(c api.Consumer) table.Row {
 	if disk == "" {
 		disk = "all"
 	}
-	return table.Row{c.Name, disk, c.Position, c.Behind, fmt.Sprintf("%.1f s", c.LagSeconds), c.Committed, c.Outstanding, state}
+	pending := "-"
+	if c.PendingBytes != nil {
+		pending = formatSize(*c.PendingBytes)
+	}
+	return table.Row{c.Name, disk, c.Position, c.Behind, pending, fmt.Sprintf("%.1f s", c.LagSeconds), c.Committed, c.Outstanding, state}
 }
 
 func newDrainRemove() *cobra.Command {

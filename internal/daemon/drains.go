@@ -199,15 +199,18 @@ func (s *service) DrainWake(_ context.Context, group string) error {
 	return err
 }
 
-func (s *service) Consumers(_ context.Context, group string) ([]api.Consumer, error) {
+func (s *service) Consumers(ctx context.Context, group string) ([]api.Consumer, error) {
 	if _, err := s.find(group); err != nil {
 		return nil, err
 	}
-	return s.consumersOf(group), nil
+	return s.consumersOf(ctx, group), nil
 }
 
+// countTime is how long status waits until what is pending is counted.
+const countTime = 200 * time.Millisecond
+
 // consumersOf is what status says of a group's consumers.
-func (s *service) consumersOf(group string) []api.Consumer {
+func (s *service) consumersOf(ctx context.Context, group string) []api.Consumer {
 	s.mu.Lock()
 	d := s.drains[group]
 	s.mu.Unlock()
@@ -215,9 +218,15 @@ func (s *service) consumersOf(group string) []api.Consumer {
 	if d == nil {
 		return out
 	}
+	limited, cancel := context.WithTimeout(ctx, countTime)
+	defer cancel()
+	pending := d.Count(limited)
 	for _, c := range d.List() {
 		a := api.Consumer{Name: c.Name, Disk: c.Disk, BatchBytes: c.BatchBytes, Ranges: c.Ranges, Committed: c.Committed, Outstanding: c.Outstanding,
 			Position: c.Position, NeedsFill: c.Filling, Cleared: c.Cleared, Behind: c.Behind, LagSeconds: c.Lag.Seconds()}
+		if n, ok := pending[c.Name]; ok && !c.Filling {
+			a.PendingBytes = &n
+		}
 		if c.Err != nil {
 			a.Error = c.Err.Error()
 		}

@@ -120,7 +120,7 @@ func (s *service) find(name string) (*protect.Group, error) {
 func (s *service) Status(ctx context.Context) (api.Status, error) {
 	out := api.Status{Version: s.version, Groups: []api.Group{}, Conditions: append(s.health.List(), s.devices.Conditions()...)}
 	for _, g := range s.list() {
-		out.Groups = append(out.Groups, s.groupOf(g.Status(ctx)))
+		out.Groups = append(out.Groups, s.groupOf(ctx, g.Status(ctx)))
 	}
 	out.Totals = totalsOf(out.Groups)
 	return out, nil
@@ -155,7 +155,7 @@ func (s *service) Protect(ctx context.Context, r api.ProtectRequest) (api.Group,
 	s.groups[g.Config().Name] = g
 	s.openConsumers(g)
 	s.mu.Unlock()
-	return s.groupOf(g.Status(ctx)), nil
+	return s.groupOf(ctx, g.Status(ctx)), nil
 }
 
 // apart refuses a vault among the daemon's own things: it must outlive them, and
@@ -180,9 +180,9 @@ func realPath(path string) string {
 }
 
 // groupOf is a group with its consumers.
-func (s *service) groupOf(st protect.Status) api.Group {
+func (s *service) groupOf(ctx context.Context, st protect.Status) api.Group {
 	out := groupOf(st)
-	out.Consumers = s.consumersOf(st.Name)
+	out.Consumers = s.consumersOf(ctx, st.Name)
 	out.Conditions = append(out.Conditions, conditionsOf(st.Name, out.Consumers)...)
 	return out
 }

@@ -31,7 +31,8 @@ type consumer struct {
 	noted uint64  // the newest batch that a daemon before this one gave
 	gone  atomic.Bool
 
-	told atomic.Pointer[told] // for who must not wait until a batch is made
+	told    atomic.Pointer[told] // for who must not wait until a batch is made
+	counter counter
 }
 
 // told is what status needs.

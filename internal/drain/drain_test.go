@@ -169,11 +169,117 @@ func TestClearedCopyIsAhead(t *testing.T) {
 	add(stream.Record{Kind: stream.KindSettled, Position: 3})
 	c.s.seal()
 	c.in.more(1000)
-	if err := c.clear(); err != nil {
+	if err := c.clear(false); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := c.drain(1000); err != nil || !c.right || c.reached != 3 {
 		t.Errorf("right %t at %d: %v", c.right, c.reached, err)
+	}
+}
+
+// TestClearSkip: what was pending does not come, neither as it was nor as a fill;
+// what follows does, on a copy that was made right by other means. Inside a gap
+// the copy is right once the gap is closed.
+func TestClearSkip(t *testing.T) {
+	inside, outside := 0, 0
+	for seed := range uint64(12) {
+		c := newReplica(t, seed, Options{})
+		c.in.more(1 + c.r.IntN(len(c.s.segments)-1))
+		if _, err := c.take(0); err != nil { // given, and never committed
+			t.Fatal(err)
+		}
+		if err := c.clear(true); err != nil {
+			t.Fatal(err)
+		}
+		newest, _ := c.in.Newest()
+		st := c.g.List()[0]
+		if gap := newest.Settled == 0; st.Position != newest.Last || st.Behind != 0 || st.Lag != 0 || st.Cleared || st.Filling != gap {
+			t.Errorf("seed %d: with %+v sealed it is %+v", seed, newest.State, st)
+		} else if gap {
+			inside++
+		} else {
+			outside++
+		}
+		if p, err := c.g.consumers[c.name].pending(t.Context(), c.in, 0, 0); err != nil || p.Batches != 0 {
+			t.Errorf("seed %d: pending behind what was skipped: %+v, %v", seed, p, err)
+		}
+		if err := c.restart(c.r.IntN(2) == 0); err != nil {
+			t.Fatal(err)
+		}
+		c.in.more(1000)
+		for more := true; more; {
+			had := c.reached
+			var err error
+			if more, err = c.take(0); err == nil && more {
+				if c.reached < had || len(c.marks) > 0 && c.marks[0] <= newest.Last {
+					t.Errorf("seed %d: %d was skipped, and a batch to %d comes, bookmarks at %v", seed, newest.Last, c.reached, c.marks)
+				}
+				err = c.commit(c.applied)
+			}
+			if err != nil {
+				t.Fatalf("seed %d: %v", seed, err)
+			}
+		}
+		if !c.right || c.reached != c.s.pos {
+			t.Errorf("seed %d: right %t at %d; the stream ends at %d", seed, c.right, c.reached, c.s.pos)
+		}
+	}
+	if inside == 0 || outside == 0 {
+		t.Errorf("%d inside a gap and %d not: this tests too little", inside, outside)
+	}
+}
+
+// hung is a stream whose segments are not to be had until it is let go.
+type hung struct {
+	*revealed
+	free  chan struct{}
+	fails error
+}
+
+func (h *hung) Open(ctx context.Context, n uint64) (*segment.File, error) {
+	select {
+	case <-h.free:
+		if h.fails != nil {
+			return nil, h.fails
+		}
+		return h.revealed.Open(ctx, n)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// TestCountDoesNotHang: who asks what is pending while segments cannot be had is
+// not kept, and is told once they can. One that is damaged leaves it unknown.
+func TestCountDoesNotHang(t *testing.T) {
+	c := newReplica(t, 1, Options{})
+	c.in.more(1000)
+	for c.g.consumers["c"].saved.stage == filling {
+		if more, err := c.take(0); !more || err != nil {
+			t.Fatal(more, err)
+		}
+		if err := c.commit(c.applied); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h := &hung{revealed: c.in, free: make(chan struct{})}
+	c.g.cfg.Source = func() (Source, error) { return h, nil }
+	soon, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if got := c.g.Count(soon); len(got) != 0 {
+		t.Errorf("counted in segments that cannot be had: %v", got)
+	}
+	close(h.free)
+	if err := c.counted(); err != nil {
+		t.Error(err)
+	}
+	c.g.consumers["c"].counter.to = place{} // as if it had counted nothing
+	h.fails = segment.ErrDamaged
+	if got := c.g.Count(t.Context()); len(got) != 0 {
+		t.Errorf("counted in a segment that is damaged: %v", got)
+	}
+	h.fails = nil
+	if err := c.counted(); err != nil {
+		t.Error(err)
 	}
 }
 

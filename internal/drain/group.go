@@ -34,8 +34,10 @@ type Config struct {
 
 // Group is a group's consumers. Its methods may be called concurrently.
 type Group struct {
-	cfg  Config
-	stop chan struct{}
+	cfg      Config
+	stop     chan struct{}
+	counting context.Context // ends with the group's use
+	end      context.CancelFunc
 
 	making    sync.Mutex // one consumer is made or removed at a time; taken before mu
 	mu        sync.Mutex
@@ -63,6 +65,7 @@ func Open(cfg Config) (*Group, error) {
 		cfg.FS = vfs.OS{}
 	}
 	g := &Group{cfg: cfg, stop: make(chan struct{}), consumers: map[string]*consumer{}, damaged: map[string]error{}, woken: make(chan struct{})}
+	g.counting, g.end = context.WithCancel(context.Background())
 	entries, err := cfg.FS.ReadDir(cfg.Dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -98,7 +101,7 @@ func (g *Group) fits(c *consumer) error {
 }
 
 func (g *Group) fresh(name string) *consumer {
-	c := &consumer{name: name, file: file{fs: g.cfg.FS, path: filepath.Join(g.cfg.Dir, name+stateEnd)}}
+	c := &consumer{name: name, counter: counter{busy: make(chan struct{}, 1)}, file: file{fs: g.cfg.FS, path: filepath.Join(g.cfg.Dir, name+stateEnd)}}
 	c.m.names = batch.Header{GroupID: g.cfg.ID, Group: g.cfg.Group, Consumer: name}
 	for _, d := range g.cfg.Disks {
 		c.m.names.Disks = append(c.m.names.Disks, batch.Disk{Name: d.Name, Size: d.Size, SectorSize: d.SectorSize})
@@ -421,6 +424,7 @@ func (g *Group) Wake() {
 // Close ends every Wait, and the use of the consumers; their states stay.
 func (g *Group) Close() {
 	close(g.stop)
+	g.end()
 	for _, c := range g.all() {
 		c.close()
 	}

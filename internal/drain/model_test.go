@@ -207,7 +207,7 @@ func TestReplicas(t *testing.T) {
 			}
 			c.begin(o)
 			for c.in.n < len(s.segments) {
-				if err := c.act(); err != nil {
+				if err := errors.Join(c.act(), c.counted()); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -238,12 +238,13 @@ func TestReplicas(t *testing.T) {
 }
 
 // clear drops what is pending, after which nothing of it can be committed.
-func (c *replica) clear() error {
+// With skip the copy is made right by other means.
+func (c *replica) clear(skip bool) error {
 	if c.in.n == 0 {
 		return nil
 	}
 	given := c.applied
-	if err := c.g.Clear(c.name, false); err != nil {
+	if err := c.g.Clear(c.name, skip); err != nil {
 		return err
 	}
 	if err := c.g.Commit(c.t.Context(), c.name, given); given > 0 && !errors.Is(err, ErrCommit) {
@@ -252,7 +253,39 @@ func (c *replica) clear() error {
 	c.acked = c.g.consumers[c.name].saved.number
 	c.tried, c.applied = c.acked, c.acked
 	c.cleared, c.dropped, c.right = true, true, false
+	if now := c.g.consumers[c.name].saved; skip {
+		newest, _ := c.in.Newest()
+		if now.at != newest.Last {
+			return fmt.Errorf("a clear that skips goes to %d, and %d is sealed", now.at, newest.Last)
+		}
+		c.copy, c.reached, c.right = images(c.s.at(newest.Last)), newest.Last, newest.Settled != 0
+	}
 	clear(c.got)
+	return nil
+}
+
+// images are copies of two disks.
+func images(of [2][]byte) [2][]byte { return [2][]byte{slices.Clone(of[0]), slices.Clone(of[1])} }
+
+// counted holds what is said to be pending against the stream.
+func (c *replica) counted() error {
+	now := c.g.consumers[c.name].saved
+	n, ok := c.g.Count(c.t.Context())[c.name]
+	if want := c.in.n > 0 && now.stage == records; ok != want {
+		return fmt.Errorf("%d segments are sealed, the consumer is in stage %d, and counted is %t", c.in.n, now.stage, ok)
+	}
+	if !ok {
+		return nil
+	}
+	newest, _ := c.in.Newest()
+	for _, r := range c.s.all {
+		if r.Kind == stream.KindWrite && r.Position > now.at && r.Position <= newest.Last && (c.disk == allDisks || c.disk == r.Disk) {
+			n -= int64(len(r.Payload))
+		}
+	}
+	if n != 0 {
+		return fmt.Errorf("behind position %d, up to %d, %d bytes too many are pending", now.at, newest.Last, n)
+	}
 	return nil
 }
 
@@ -287,7 +320,7 @@ func (c *replica) act() error {
 	case k == 37:
 		return c.restart(true)
 	case k == 39 && c.r.IntN(3) == 0:
-		return c.clear()
+		return c.clear(c.r.IntN(2) == 0)
 	case k == 38:
 		if err := c.g.Commit(c.t.Context(), c.name, c.applied+1); !errors.Is(err, ErrCommit) {
 			return fmt.Errorf("commit of batch %d, which was never given: %v", c.applied+1, err)

@@ -152,6 +152,15 @@ type consumer struct {
 	Behind    uint64
 	NeedsFill bool `json:"needs_fill"`
 	Cleared   bool
+	Pending   *int64 `json:"pending_bytes"`
+}
+
+// pending is -1 where it is not known.
+func (c consumer) pending() int64 {
+	if c.Pending == nil {
+		return -1
+	}
+	return *c.Pending
 }
 
 func consumerOf(t *testing.T, d *program.Daemon, group, name string) consumer {
@@ -211,6 +220,12 @@ func TestDrainByHand(t *testing.T) {
 	}
 	d.Run("bookmark", "g", "here")
 	d.Run("drain", "wait", "g", "c", "--timeout", "1m")
+	program.Eventually(t, patience, "what is pending is counted", func() error {
+		if c := consumerOf(t, d, "g", "c"); c.pending() != int64(len(buf)) {
+			return fmt.Errorf("%d bytes are pending", c.pending())
+		}
+		return nil
+	})
 	d.Run("drain", "next", "g", "c", "--to", file(2))
 	d.Run("drain", "next", "g", "c", "--after", "2", "--wait", "1m", "--to", file(3))
 	d.Restart()
@@ -230,7 +245,7 @@ func TestDrainByHand(t *testing.T) {
 	d.Refused(5, "unprotect", "g")
 	d.Refused(5, "drain", "rm", "g", "c")
 	d.Run("drain", "clear", "g", "c")
-	if c := consumerOf(t, d, "g", "c"); !c.NeedsFill || !c.Cleared {
+	if c := consumerOf(t, d, "g", "c"); !c.NeedsFill || !c.Cleared || c.pending() != -1 {
 		t.Errorf("cleared: %+v", c)
 	}
 	if g := d.Group("g"); !g.Has("consumer-needs-fill") {

@@ -23,8 +23,11 @@ type Consumer struct {
 	NeedsFill   bool            `json:"needs_fill"`  // what its copy lacks comes as a fill
 	Cleared     bool            `json:"cleared"`     // because what was pending was cleared
 	Behind      stream.Position `json:"behind"`      // positions that are sealed and that it has not committed
-	LagSeconds  float64         `json:"lag_seconds"` // between its position and the newest sealed
-	Error       string          `json:"error,omitempty"`
+	// PendingBytes is payload of writes that are sealed and that it has not committed. None: it is not known,
+	// as it needs a fill, or its group is offline, or so much is pending that it is still being counted.
+	PendingBytes *int64  `json:"pending_bytes,omitempty"`
+	LagSeconds   float64 `json:"lag_seconds"` // between its position and the newest sealed
+	Error        string  `json:"error,omitempty"`
 }
 
 // DrainRequest asks for a batch. All but After are for the consumer that it makes
