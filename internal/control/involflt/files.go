@@ -50,6 +50,12 @@ func (f *folder) clear() error {
 	return errors.Join(errs...)
 }
 
+func (f *folder) of(disk string) string { return filepath.Join(f.dir, "disk-"+disk) }
+
+// leave removes the folder of a disk that is filtered no more, if it is empty:
+// what somebody else has put there stays.
+func (f *folder) leave(disk string) { _ = os.Remove(f.of(disk)) }
+
 func remove(name string) error {
 	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -72,7 +78,7 @@ func fileName(p *part) string {
 
 // write makes the data file of a part and gives its path. Where it fails there is none.
 func (f *folder) write(disk string, p *part) (path string, err error) {
-	dir := filepath.Join(f.dir, "disk-"+disk)
+	dir := f.of(disk)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", err
 	}

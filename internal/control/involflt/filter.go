@@ -171,6 +171,7 @@ func (s *Server) drop(ctx context.Context, d *disk) error {
 	}
 	d.stopped.Store(true)
 	d.forget()
+	s.files.leave(d.name)
 	s.mu.Lock()
 	delete(s.disks, d.device)
 	s.mu.Unlock()
