@@ -12,11 +12,28 @@ type inbox struct {
 	b    []byte
 	r, w int // b[r:w] is there
 	luck int // of late, with looking for more
+	most int // that is fetched at a time
 }
 
-const inboxBytes = 64 << 10
+const (
+	inboxBytes = 64 << 10
+	inboxHeads = 4 << 10 // while large payloads come: what of one is fetched with its head is copied twice
+)
 
-func newInbox(from io.Reader) *inbox { return &inbox{from: from, b: make([]byte, inboxBytes)} }
+func newInbox(from io.Reader) *inbox {
+	return &inbox{from: from, b: make([]byte, inboxBytes), most: inboxBytes}
+}
+
+// expect says that the next request is most likely like one with that payload, in bytes.
+func (in *inbox) expect(payload uint32) {
+	in.most = inboxBytes
+	if payload >= inboxBytes {
+		in.most = inboxHeads
+	}
+}
+
+// room is where what comes next is put.
+func (in *inbox) room() []byte { return in.b[in.w:min(in.w+in.most, len(in.b))] }
 
 // reset goes on with another reader; what is there is forgotten.
 func (in *inbox) reset(from io.Reader) { in.from, in.r, in.w = from, 0, 0 }
@@ -29,8 +46,9 @@ func (in *inbox) Read(p []byte) (int, error) {
 	if in.r == in.w {
 		if s, ok := in.from.(*socket); ok {
 			s.dry = false // it is what was begun: it is most likely here by now
-			n, err := s.readBoth(p, in.b)
-			in.r, in.w = 0, max(n-len(p), 0)
+			in.r, in.w = 0, 0
+			n, err := s.readBoth(p, in.room())
+			in.w = max(n-len(p), 0)
 			return min(n, len(p)), err
 		}
 		if len(p) >= len(in.b) {
@@ -69,7 +87,7 @@ func (in *inbox) peek(n int) []byte {
 func (in *inbox) fill() error {
 	in.compact()
 	for range 100 {
-		n, err := in.from.Read(in.b[in.w:])
+		n, err := in.from.Read(in.room())
 		in.w += n
 		if n > 0 {
 			return nil // an error comes again
@@ -106,7 +124,7 @@ func (in *inbox) more(moment time.Duration) bool {
 	if in.luck--; in.luck < 0 && in.luck%luckMost != 0 && moment == 0 {
 		return false
 	}
-	n, _ := s.tryRead(in.b[in.w:], moment) // an error comes again
+	n, _ := s.tryRead(in.room(), moment) // an error comes again
 	in.w += n
 	if n > 0 {
 		in.luck = luckMost

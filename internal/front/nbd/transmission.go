@@ -40,6 +40,7 @@ func (c *connection) next() (request, error) {
 		}
 	}
 	if r.cmd == nbd.CmdWrite {
+		c.in.expect(r.n)
 		if err := c.payload(r.buf); err != nil {
 			c.release(r.held)
 			return r, err
