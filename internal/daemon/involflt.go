@@ -225,7 +225,7 @@ func (b *involfltSystem) Stop(ctx context.Context, device string) error {
 	return nil
 }
 
-func (b *involfltSystem) Hold(ctx context.Context, until time.Time) (func(), error) {
+func (b *involfltSystem) Hold(ctx context.Context, until time.Time) (func() error, error) {
 	var names []string
 	for _, q := range b.kept() {
 		for _, d := range q.m.group.Config().Disks { // a group has one order
@@ -245,13 +245,11 @@ func (b *involfltSystem) Hold(ctx context.Context, until time.Time) (func(), err
 	b.mu.Lock()
 	b.held++
 	b.mu.Unlock()
-	return func() {
-		if err := release(); err != nil {
-			b.s.env.Log.Warn("a barrier did not hold", "error", err)
-		}
+	return func() error {
 		b.mu.Lock()
 		b.held--
 		b.mu.Unlock()
+		return release()
 	}, nil
 }
 

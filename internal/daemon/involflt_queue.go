@@ -191,10 +191,9 @@ func (q *involfltQueue) Settle(ctx context.Context) error {
 	return nil
 }
 
-// Of State: how many pending bytes are counted, and how long what the group said is believed.
 const (
-	pendingMax  = 64 << 20
-	orderedTime = 100 * time.Millisecond
+	pendingMax  = 64 << 20               // bytes of payload that Pending counts
+	orderedTime = 100 * time.Millisecond // for which State believes what the group said
 )
 
 func (q *involfltQueue) State() involflt.State {
@@ -203,12 +202,10 @@ func (q *involfltQueue) State() involflt.State {
 	if err != nil {
 		return out
 	}
-	all := consumers.List()
-	i := slices.IndexFunc(all, func(s drain.Status) bool { return s.Name == q.consumer })
-	if i < 0 || all[i].Err != nil {
+	st, ok := q.status(consumers)
+	if !ok {
 		return out
 	}
-	st := all[i]
 	out.Order = abi.OrderBitmap
 	if !st.Filling && q.ordered() {
 		out.Order = abi.OrderData
@@ -221,16 +218,33 @@ func (q *involfltQueue) State() involflt.State {
 	if !ok {
 		return out
 	}
-	begin := newest.Time - st.Lag.Nanoseconds()
 	out.Known = stampOf(newest.Time, uint64(newest.Last))
-	out.Committed = stampOf(begin, uint64(st.Position))
-	now, cancel := context.WithCancel(context.Background())
-	cancel() // it only counts
-	p, _, _ := consumers.Wait(now, q.consumer, 0, pendingMax)
-	if out.Bytes, out.Changes = p.Bytes, int64(p.Batches); p.Batches > 0 {
-		out.Oldest = out.Committed.Time
-	}
+	out.Committed = stampOf(newest.Time-st.Lag.Nanoseconds(), uint64(st.Position))
 	return out
+}
+
+func (q *involfltQueue) status(c *consumers) (drain.Status, bool) {
+	for _, st := range c.List() {
+		if st.Name == q.consumer {
+			return st, st.Err == nil
+		}
+	}
+	return drain.Status{}, false
+}
+
+func (q *involfltQueue) Pending(ctx context.Context) (out involflt.Pending, err error) {
+	consumers, err := q.consumers()
+	if err != nil {
+		return out, err
+	}
+	p, err := consumers.Pending(ctx, q.consumer, 0, pendingMax)
+	if p.Batches > 0 {
+		out = involflt.Pending{Any: true, Bytes: p.Covered, Changes: p.Changes, Oldest: stampOf(p.Oldest.UnixNano(), 0).Time}
+		if p.Oldest.IsZero() { // nobody knows when it was changed: after the copy was right last
+			out.Oldest = q.State().Committed.Time
+		}
+	}
+	return out, again(err)
 }
 
 // ordered says whether the newest position of the group is a point.

@@ -202,14 +202,17 @@ func TestInvolfltSystem(t *testing.T) {
 	r.q = q
 	r.until(involflt.ErrEmpty, func() bool { return bytes.Equal(r.image, truth) })
 
+	began := uint64(time.Now().UnixNano()) / 100
 	write(5<<20, 60)
 	waited, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if err := q.Wait(waited, 4096); err != nil || q.State().Bytes != int64(len(buf)) || q.State().Oldest == 0 {
-		t.Errorf("%v, %+v", err, q.State())
+	err = q.Wait(waited, 4096)
+	if p, failed := q.Pending(t.Context()); err != nil || failed != nil || p.Bytes != int64(len(buf)) || p.Changes != 1 || p.Oldest < began || !p.Any {
+		t.Errorf("%v, %v, %+v; the write was after %d", err, failed, p, began)
 	}
-	if err := q.Clear(t.Context()); err != nil || q.State().Bytes != 0 {
-		t.Errorf("cleared: %v, %+v", err, q.State())
+	err = q.Clear(t.Context())
+	if p, failed := q.Pending(t.Context()); err != nil || failed != nil || p != (involflt.Pending{}) {
+		t.Errorf("cleared: %v, %v, %+v", err, failed, p)
 	}
 	if err := b.Stop(t.Context(), disk.Path); err != nil {
 		t.Error(err)

@@ -29,6 +29,7 @@ type consumer struct {
 	saved state   // durable, but for records passed that are nothing to it
 	given []state // behind each batch that was given and not committed, in order
 	noted uint64  // the newest batch that a daemon before this one gave
+	ahead ahead
 	gone  atomic.Bool
 
 	told    atomic.Pointer[told] // for who must not wait until a batch is made
@@ -146,46 +147,8 @@ func (c *consumer) commit(ctx context.Context, in Source, number uint64) error {
 		return fmt.Errorf("consumer %s: commit of batch %d: %w", c.name, number, err)
 	}
 	c.saved, c.given = c.given[n-1], c.given[n:]
+	c.ahead.passed(n)
 	return nil
-}
-
-// pending says how much there is behind a batch, at most until bytes of it, and
-// whether a bookmark is in that.
-func (c *consumer) pending(ctx context.Context, in Source, after uint64, bytes int64) (p Pending, err error) {
-	c.mu.Lock()
-	defer c.unlock()
-	if c.gone.Load() {
-		return p, ErrStopped
-	}
-	c.m.in = in
-	from, err := c.behind(ctx, after)
-	if err != nil {
-		return p, err
-	}
-	c.m.dry = true
-	defer func() { c.m.dry = false }()
-	for {
-		b, err := c.m.next(ctx, from)
-		if errors.Is(err, ErrNothing) {
-			return p, nil
-		}
-		if err != nil {
-			return p, fmt.Errorf("consumer %s: %w", c.name, err)
-		}
-		p.Batches, p.Bytes = p.Batches+1, p.Bytes+b.bytes
-		p.Bookmark = p.Bookmark || b.header.Kind == batch.Bookmark
-		if p.Bytes >= bytes || p.Bookmark {
-			return p, nil
-		}
-		from = &b.after
-	}
-}
-
-// Pending is what waits for a consumer, as far as it was looked at.
-type Pending struct {
-	Batches  int
-	Bytes    int64 // of payload
-	Bookmark bool
 }
 
 // clear drops what is pending: it comes as one fill or, where skip is set, not at all.
@@ -216,7 +179,7 @@ func (c *consumer) clear(in Source, skip bool) error {
 	if err := c.file.save(&st); err != nil {
 		return fmt.Errorf("consumer %s: clear: %w", c.name, err)
 	}
-	c.saved, c.given, c.noted = st, nil, 0
+	c.saved, c.given, c.noted, c.ahead = st, nil, 0, ahead{}
 	c.m.drop()
 	return nil
 }

@@ -283,6 +283,62 @@ func TestCountDoesNotHang(t *testing.T) {
 	}
 }
 
+// TestPendingIsRemembered: what was counted once is not read again, neither to be
+// counted once more nor behind a commit; what is new is counted.
+func TestPendingIsRemembered(t *testing.T) {
+	c := newReplica(t, 1, Options{})
+	c.s.all, c.s.segments, c.s.pos, c.s.previous, c.s.state = nil, nil, 0, segment.Summary{}, segment.State{}
+	for n := range 8 {
+		c.s.pos++
+		if n == 0 {
+			c.s.add(stream.Record{Kind: stream.KindGap, Position: 1, Ranges: []block.DiskRange{{Disk: 0, Range: block.Range{Len: testSizes[0]}}}})
+			c.s.add(stream.Record{Kind: stream.KindFill, Fill: stream.FillData, Position: 1, ValidFrom: 1, Range: block.Range{Len: testSizes[0]}, Payload: c.s.payload(testSizes[0])})
+			c.s.state.Settled = 1
+			c.s.add(stream.Record{Kind: stream.KindSettled, Position: 1})
+		} else {
+			c.s.add(stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: c.s.pos, Range: block.Range{Len: testBlock}, Payload: c.s.payload(testBlock)})
+		}
+		c.s.seal()
+	}
+	c.in.more(1)
+	if _, err := c.drain(1); err != nil {
+		t.Fatal(err)
+	}
+	c.in.more(6)
+	pending := func(enough int64) Pending {
+		t.Helper()
+		p, err := c.g.Pending(t.Context(), "c", 0, enough)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	all := pending(1 << 40)
+	if want := (Pending{Batches: 6, Changes: 6, Bytes: 6 * testBlock, Covered: 6 * testBlock, Oldest: time.Unix(0, c.s.all[3].Time)}); all != want {
+		t.Errorf("%+v, want %+v", all, want)
+	}
+	for range 2 {
+		if more, err := c.take(c.applied); !more || err != nil {
+			t.Fatal(more, err)
+		}
+	}
+	opens := c.in.opens
+	if again := pending(1 << 40); again != all || c.in.opens != opens {
+		t.Errorf("%+v with %d segments read, %+v before", again, c.in.opens-opens, all)
+	}
+	first := pending(0)
+	if err := c.commit(c.acked + 1); err != nil {
+		t.Fatal(err)
+	}
+	if rest := pending(1 << 40); rest.Batches != all.Batches-1 || rest.Bytes != all.Bytes-first.Bytes || c.in.opens != opens {
+		t.Errorf("%+v behind a commit with %d segments read; %+v before, of it the first %+v", rest, c.in.opens-opens, all, first)
+	}
+	c.in.more(1)
+	if more := pending(1 << 40); more.Batches != all.Batches || c.in.opens != opens+1 {
+		t.Errorf("another segment is sealed, and pending is %+v with %d segments read", more, c.in.opens-opens)
+	}
+}
+
 // drain takes and commits until nothing is pending.
 func (c *replica) drain(most int) (more bool, err error) {
 	for range most * 1000 {

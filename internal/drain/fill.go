@@ -158,6 +158,7 @@ func (m *maker) tell(ctx context.Context, st state) (*made, error) {
 			out := &made{header: m.header(batch.Ranges, &st)}
 			for _, r := range ranges {
 				out.content.Add(&batch.Record{Op: block.OpRead, Disk: r.Disk, Range: r.Range})
+				out.size.add(block.OpRead, r.Range.Len, 0)
 			}
 			st.told = n + 1
 			return out.end(st, false), nil

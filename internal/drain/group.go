@@ -372,6 +372,17 @@ func (g *Group) List() []Status {
 	return out
 }
 
+// Pending says what is pending behind a batch (0: the newest committed one), up to
+// so many bytes of payload or the first bookmark. It waits for nothing to come, and does
+// not read again what it has counted before. With an error it is what was counted before that.
+func (g *Group) Pending(ctx context.Context, name string, after uint64, bytes int64) (Pending, error) {
+	c, in, err := g.reach(name)
+	if err != nil {
+		return Pending{}, err
+	}
+	return c.pending(ctx, in, after, bytes)
+}
+
 // offlineEvery is how often a waiter looks whether the stream is back.
 const offlineEvery = 200 * time.Millisecond
 

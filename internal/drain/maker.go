@@ -39,6 +39,7 @@ type made struct {
 	header  batch.Header
 	content batch.Builder
 	bytes   int64 // of payload
+	size    size
 	after   state
 }
 
@@ -144,6 +145,7 @@ func (m *maker) writes(f *segment.File, st state) (*made, error) {
 			}
 			out.content.Add(&batch.Record{Op: e.Op, Disk: e.Disk, Position: e.Position, Time: e.Time, Range: e.Range, Payload: payload})
 			out.bytes += n
+			out.size.add(e.Op, e.Range.Len, e.Time)
 		case mark, unknown:
 			return errEnd
 		}
@@ -289,6 +291,7 @@ func (m *maker) dropWindow() {
 // content adds a run of a fill.
 func (m *maker) content(out *made, disk int, r timeline.Run) error {
 	rec := batch.Record{Op: r.Op, Disk: disk, Range: r.Range}
+	out.size.add(r.Op, r.Range.Len, 0)
 	if r.Op != block.OpWrite {
 		out.content.Add(&rec)
 		return nil

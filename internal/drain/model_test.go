@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"testing"
+	"time"
 
 	"tidemark/internal/batch"
 	"tidemark/internal/block"
@@ -65,9 +66,14 @@ func (c *replica) begin(o Options) {
 	}
 }
 
-// take asks for a batch and checks it against all that was ever given.
+// take asks for a batch and checks it against all that was ever given, and
+// against what was said to be pending.
 func (c *replica) take(after uint64) (bool, error) {
+	said, _ := c.g.Pending(c.t.Context(), c.name, after, 0) // its error is that of Next
 	e, err := c.g.Next(c.t.Context(), c.name, after)
+	if errors.Is(err, ErrNothing) && said != (Pending{}) {
+		return false, fmt.Errorf("nothing is pending behind %d, and it is said to be %+v", after, said)
+	}
 	if errors.Is(err, ErrNothing) {
 		return false, nil
 	}
@@ -86,10 +92,49 @@ func (c *replica) take(after uint64) (bool, error) {
 		return false, fmt.Errorf("batch %d is another one than before", b.Number)
 	}
 	c.got[b.Number] = raw.Bytes()
+	if is := pendingOf(b); said != is {
+		return false, fmt.Errorf("batch %d is %+v, and was said to be %+v", b.Number, is, said)
+	}
 	if after != 0 && b.Number != after+1 {
 		return false, fmt.Errorf("batch %d behind %d", b.Number, after)
 	}
 	return true, c.apply(b)
+}
+
+// pendingOf is what one batch counts for.
+func pendingOf(b *batch.Batch) Pending {
+	p := Pending{Batches: 1, Bookmark: b.Kind == batch.Bookmark}
+	switch {
+	case p.Bookmark:
+		p.Oldest = time.Unix(0, b.Time)
+	case b.Kind == batch.Writes:
+		p.Oldest = time.Unix(0, b.Records[0].Time)
+	}
+	for _, r := range b.Records {
+		if r.Op != block.OpDiscard {
+			p.Changes, p.Covered = p.Changes+1, p.Covered+r.Range.Len
+		}
+		p.Bytes += int64(len(r.Payload))
+	}
+	return p
+}
+
+// remembered holds what is said to be pending against what is counted anew.
+func (c *replica) remembered() error {
+	k := c.g.consumers[c.name]
+	after, most := c.acked, c.r.Int64N(100<<10)
+	if c.applied > c.acked {
+		after += c.r.Uint64N(c.applied - c.acked + 1)
+	}
+	p, err := c.g.Pending(c.t.Context(), c.name, after, most)
+	known := k.ahead
+	k.ahead = ahead{}
+	anew, failed := c.g.Pending(c.t.Context(), c.name, after, most)
+	k.ahead = known
+	if p != anew || (err == nil) != (failed == nil) {
+		return fmt.Errorf("behind batch %d is pending %+v, %v; counted anew %+v, %v", after, p, err, anew, failed)
+	}
+	return nil
 }
 
 func (c *replica) apply(b *batch.Batch) error {
@@ -207,7 +252,7 @@ func TestReplicas(t *testing.T) {
 			}
 			c.begin(o)
 			for c.in.n < len(s.segments) {
-				if err := errors.Join(c.act(), c.counted()); err != nil {
+				if err := errors.Join(c.act(), c.counted(), c.remembered()); err != nil {
 					t.Fatal(err)
 				}
 			}

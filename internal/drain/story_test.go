@@ -299,6 +299,7 @@ type revealed struct {
 	changed chan struct{}
 	damaged uint64 // this one cannot be read; 0: none
 	opened  int    // segments that are open
+	opens   int    // how often one was opened
 }
 
 func reveal(s *story, n int) *revealed {
@@ -328,6 +329,7 @@ func (v *revealed) Open(_ context.Context, n uint64) (*segment.File, error) {
 	if n > uint64(v.n) {
 		return nil, ErrNotSealed
 	}
+	v.opens++
 	b := v.s.segments[n-1]
 	if n == v.damaged {
 		b = slices.Clone(b)

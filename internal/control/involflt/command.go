@@ -76,11 +76,11 @@ func (f *file) answer(ctx context.Context, cmd uint32, arg uint64, m memory) (in
 	case involflt.DriverVersion:
 		return 0, put(m, arg, version)
 	case involflt.GlobalStats:
-		return 0, s.globalStats(arg, m)
+		return 0, s.globalStats(ctx, arg, m)
 	case involflt.VolumeStats:
-		return 0, s.volumeStats(arg, m)
+		return 0, s.volumeStats(ctx, arg, m)
 	case involflt.AdditionalStats:
-		return 0, s.additional(arg, m)
+		return 0, s.additional(ctx, arg, m)
 	}
 	return 0, syscall.EINVAL // as the driver, not ENOTTY
 }

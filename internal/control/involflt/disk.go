@@ -34,9 +34,10 @@ type disk struct {
 	split  uint32
 	lastID uint64
 
-	mu    sync.Mutex
-	woken chan struct{} // closed at the next wake
-	count counters
+	mu     sync.Mutex
+	woken  chan struct{} // closed at the next wake
+	count  counters
+	passed Pending // parts that were committed of the batch that is out
 }
 
 // given is a block that a client has.
@@ -98,7 +99,28 @@ func (d *disk) forget() {
 		d.orphan = d.given.id
 	}
 	d.parts, d.given, d.empty = nil, nil, nil
+	d.pass(nil)
 	d.tagless.Add(1)
+}
+
+// pass notes that a part of a batch was committed; nil: that no batch is out.
+func (d *disk) pass(p *part) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if p == nil {
+		d.passed = Pending{}
+		return
+	}
+	d.passed.Bytes, d.passed.Changes = d.passed.Bytes+p.bytes, d.passed.Changes+p.ended()
+}
+
+// pending counts what a client has not committed.
+func (d *disk) pending(ctx context.Context) (Pending, error) {
+	p, err := d.queue.Pending(ctx)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	p.Bytes, p.Changes = max(p.Bytes-d.passed.Bytes, 0), max(p.Changes-d.passed.Changes, 0)
+	return p, err
 }
 
 // counted changes the counters.
@@ -139,7 +161,8 @@ func (f *file) get(ctx context.Context, arg uint64, m memory) error {
 	if err != nil {
 		return err
 	}
-	b, g, err := d.render(p, state)
+	pending, _ := d.pending(ctx) // a block that can be had is handed over though not all behind it can be counted
+	b, g, err := d.render(p, state, pending)
 	if err != nil {
 		d.s.trouble("a block cannot be handed over", "device", d.device, "error", err)
 		return syscall.ENOMEM
@@ -188,8 +211,7 @@ func (d *disk) current(ctx context.Context) (*part, error) {
 }
 
 // render makes the block of a part, or of none, and its data file. It changes nothing of the disk.
-func (d *disk) render(p *part, s State) (b involflt.DirtyBlock, g given, err error) {
-	pending := s
+func (d *disk) render(p *part, s State, pending Pending) (b involflt.DirtyBlock, g given, err error) {
 	if p == nil {
 		at := d.prev
 		if at.Before(s.Known) {
@@ -211,7 +233,7 @@ func (d *disk) render(p *part, s State) (b involflt.DirtyBlock, g given, err err
 		if err == nil {
 			b, err = p.block(g.path)
 		}
-		pending.Bytes, pending.Changes = pending.Bytes-p.bytes, pending.Changes-int64(len(p.changes))
+		pending.Bytes, pending.Changes = pending.Bytes-p.bytes, pending.Changes-p.ended()
 	}
 	b.Transaction = g.id
 	b.ChangesPending, b.BytesPending = uint32(min(max(pending.Changes, 0), 1<<32-1)), uint64(max(pending.Bytes, 0))
@@ -275,12 +297,16 @@ func (d *disk) done(ctx context.Context, flags uint32) error {
 	}
 	d.unlink(g)
 	d.prev, d.split = p.last, p.split
-	d.parts, d.given = d.parts[1:], nil
+	if d.parts, d.given = d.parts[1:], nil; len(d.parts) > 0 {
+		d.pass(p)
+	} else {
+		d.pass(nil)
+	}
 	d.counted(func(c *counters) {
 		c.Committed = time.Now()
 		c.Blocks++
 		c.Bytes += p.bytes
-		c.Changes += int64(len(p.changes))
+		c.Changes += p.ended()
 		switch p.kind {
 		case Tags:
 			c.Tags++

@@ -203,6 +203,44 @@ func mustFile(t testing.TB, b involflt.DirtyBlock) string {
 	return path
 }
 
+// TestPendingOfParts: what is pending behind a block, and what is said of the disk, goes down with
+// each part of a batch that is committed. What cannot be counted is no answer but a block's.
+func TestPendingOfParts(t *testing.T) {
+	m := newSystem("/dev/a")
+	c := newClient(t, m)
+	f, q := c.started("/dev/a"), m.queues["/dev/a"]
+	q.write(7, 9<<20, 512)
+	q.write(9, 1024)
+	pending := func() uint64 {
+		t.Helper()
+		space := newSpace()
+		if _, err := c.callCtx(t.Context(), f, involflt.AdditionalStats, involflt.Additional{Device: named("/dev/a")}, space); err != nil {
+			t.Fatal(err)
+		}
+		var out involflt.Additional
+		if err := involflt.Decode(space.b[:involflt.Size(out)], &out); err != nil {
+			t.Fatal(err)
+		}
+		return out.Pending
+	}
+	left, changes := uint64(9<<20+512+1024), []uint32{3, 3, 2, 1, 0} // the first is pending until its last part is handed over
+	for i, size := range []uint64{4 << 20, 4 << 20, 1 << 20, 512, 1024} {
+		if n := pending(); n != left {
+			t.Errorf("before part %d %d bytes are pending, want %d", i, n, left)
+		}
+		b := c.mustBlock(f)
+		left -= size
+		if b.ChangeBytes != size || b.BytesPending != left || b.ChangesPending != changes[i] {
+			t.Errorf("part %d: %d bytes, behind it %d and %d changes; want %d, %d and %d", i, b.ChangeBytes, b.BytesPending, b.ChangesPending, size, left, changes[i])
+		}
+		c.is(nil, f, involflt.CommitDirtyBlocks, commitOf(b.Transaction))
+	}
+	q.write(10, 512)
+	q.uncounted = syscall.EAGAIN
+	c.mustBlock(f)
+	c.is(syscall.EAGAIN, f, involflt.AdditionalStats, involflt.Additional{Device: named("/dev/a")})
+}
+
 // TestKinds: copies are data without order, ranges come in the block's own arrays
 // and get a new number from a new drainer, tags are alone.
 func TestKinds(t *testing.T) {

@@ -52,8 +52,8 @@ type System interface {
 	// Mark puts tags into the order of several disks, at one instant. ErrNoOrder: into none.
 	Mark(ctx context.Context, m Mark) (Marked, error)
 	// Hold has the writes of all kept disks wait where that can be done, until
-	// release is called or the time has come.
-	Hold(ctx context.Context, until time.Time) (release func(), err error)
+	// release is called or the time has come. release fails where some went on before.
+	Hold(ctx context.Context, until time.Time) (release func() error, err error)
 	// Freeze freezes the file system on a device until thaw is called or the time
 	// has come, also without us. thaw fails where it did not hold. ErrNoDevice, ErrFrozen.
 	Freeze(ctx context.Context, device string, until time.Time) (thaw func() error, err error)
@@ -81,17 +81,26 @@ type Queue interface {
 	// Settle returns when all writes have ended that began before.
 	Settle(ctx context.Context) error
 	State() State
+	// Pending counts what comes after the last committed batch. With an error it is
+	// what was counted before that.
+	Pending(ctx context.Context) (Pending, error)
 }
 
 // State is where a disk stands.
 type State struct {
 	Order     uint32         // of abi/involflt: what a mark that is made now would lie in
-	Bytes     int64          // pending, with what was handed out and not committed
-	Changes   int64          // likewise
-	Oldest    uint64         // time of the oldest of them; 0: there is none
 	Committed involflt.Stamp // end of the last committed batch
 	Known     involflt.Stamp // what is not pending by now is later than this
 	Resync    Resync
+}
+
+// Pending is what a client has not committed, with what it was given. A queue may stop
+// counting at a bound of its own.
+type Pending struct {
+	Any     bool // there is something, if only a tag
+	Bytes   int64
+	Changes int64
+	Oldest  uint64 // time of the oldest of them; 0: there is none
 }
 
 // Resync says why a client's copy cannot be right any more. Zero: it can.

@@ -71,6 +71,14 @@ func (p *part) take(offset, length int64, at involflt.Stamp, data []byte) {
 	p.last = at
 }
 
+// ended is how many changes are complete with the part.
+func (p *part) ended() int64 {
+	if p.split > 0 && p.flags&involflt.FlagSplitEnd == 0 {
+		return 0
+	}
+	return int64(len(p.changes))
+}
+
 func (c *cutter) add(ch Change) {
 	size := int64(involflt.ChangeOverhead) + ch.Length
 	if involflt.StreamOverhead+size > streamMax {

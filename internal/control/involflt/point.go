@@ -25,7 +25,7 @@ type point struct {
 	guid    involflt.GUID
 	epoch   uint64 // of this point; timers of others do nothing
 	frozen  map[string]func() error
-	release func() // of the barrier
+	release func() error // of the barrier
 	tagged  *tagged
 	broken  bool // a freeze did not hold
 
@@ -112,7 +112,7 @@ func (s *Server) dissolve(why string) {
 			s.trouble("thawing", "device", device, "error", err)
 		}
 	}
-	s.letGo()
+	_ = s.letGo() // it is given up, whether it held or not
 	if t := p.tagged; t != nil {
 		if err := t.marked.Revoke(ctx); err != nil {
 			s.trouble("revoking a mark", "error", err)
@@ -138,18 +138,19 @@ func (s *Server) over() {
 	p.frozen, p.tagged = nil, nil
 }
 
-// letGo takes the barrier away.
-func (s *Server) letGo() {
+// letGo takes the barrier away. Its error says that it did not hold until now.
+func (s *Server) letGo() error {
 	p := &s.point
 	if p.release == nil {
-		return
+		return nil
 	}
-	p.release()
+	err := p.release()
 	p.release = nil
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	close(p.down)
 	p.down = nil
+	return err
 }
 
 // volumes reads a list of them.
@@ -320,7 +321,12 @@ func (s *Server) removeBarrier(ctx context.Context, arg uint64, m memory) error 
 	if p.release == nil || p.guid != in.GUID {
 		return syscall.EINVAL
 	}
-	s.letGo()
+	if err := s.letGo(); err != nil { // its time was just over, say
+		s.trouble("a barrier did not hold", "error", err)
+		s.dissolve("the barrier did not hold")
+		s.over()
+		return syscall.EINVAL
+	}
 	p.barrierTimer.Stop()
 	p.barrierTimer = nil
 	if p.none() {

@@ -195,6 +195,30 @@ func TestBarrier(t *testing.T) {
 	})
 }
 
+// TestBrokenBarrier: whose writes went on too early is told so, and its tags are revoked.
+func TestBrokenBarrier(t *testing.T) {
+	synced(t, func(t *testing.T, c *client, m *memSystem) {
+		f := c.started("/dev/a")
+		m.loose = true
+		for _, tagged := range []bool{true, false} {
+			c.is(nil, f, involflt.CreateBarrier, barrier(200))
+			if tagged {
+				if _, _, err := c.tag(f, involflt.TagVolume, tagInfo(0, involflt.AllVolumes), []string{"x"}); err != nil {
+					t.Error(err)
+				}
+			}
+			c.is(syscall.EINVAL, f, involflt.RemoveBarrier, involflt.BarrierEnd{GUID: guid(cp)})
+			c.is(syscall.EINVAL, f, involflt.TagCommit, verdict(1))
+		}
+		if !m.marks[0].revoked || m.held != 0 {
+			t.Error("not revoked")
+		}
+		m.loose = false
+		c.is(nil, f, involflt.CreateBarrier, barrier(200))
+		c.is(nil, f, involflt.RemoveBarrier, involflt.BarrierEnd{GUID: guid(cp)})
+	})
+}
+
 // TestAtomicTag: IOBARRIER_TAG_VOLUME needs no verdict, but where a volume asks for one.
 func TestAtomicTag(t *testing.T) {
 	synced(t, func(t *testing.T, c *client, m *memSystem) {

@@ -1,6 +1,7 @@
 package involflt
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"syscall"
@@ -19,14 +20,17 @@ func text(m memory, addr uint64, length int, s string) error {
 }
 
 // globalStats always fills its 4096 bytes.
-func (s *Server) globalStats(arg uint64, m memory) error {
+func (s *Server) globalStats(ctx context.Context, arg uint64, m memory) error {
 	disks := s.all()
 	var pending, changes int64
-	inOrder := 0
+	inOrder, uncounted := 0, 0
 	for _, d := range disks {
-		st := d.queue.State()
-		pending, changes = pending+st.Bytes, changes+st.Changes
-		if st.Order == involflt.OrderData {
+		p, err := d.pending(ctx)
+		if err != nil {
+			uncounted++
+		}
+		pending, changes = pending+p.Bytes, changes+p.Changes
+		if d.inOrder() {
 			inOrder++
 		}
 	}
@@ -44,6 +48,9 @@ func (s *Server) globalStats(arg uint64, m memory) error {
 	line("Volumes In Write Order", inOrder)
 	line("Pending Changes", changes)
 	line("Pending Bytes", pending)
+	if uncounted > 0 {
+		line("Pending Not All Counted", fmt.Sprintf("of %d volumes", uncounted))
+	}
 	line("Consistency Point", map[bool]string{true: "barrier", false: "none, or without a barrier"}[s.held()])
 	line("Data File Folder", s.files.dir)
 	line("Up Seconds", int64(time.Since(s.began).Seconds()))
@@ -52,7 +59,7 @@ func (s *Server) globalStats(arg uint64, m memory) error {
 
 var orders = map[uint32]string{involflt.OrderUnknown: "not known", involflt.OrderBitmap: "bitmap", involflt.OrderMetadata: "metadata", involflt.OrderData: "data"}
 
-func (s *Server) volumeStats(arg uint64, m memory) error {
+func (s *Server) volumeStats(ctx context.Context, arg uint64, m memory) error {
 	var in involflt.Stats
 	if err := get(m, arg, &in); err != nil {
 		return err
@@ -63,6 +70,7 @@ func (s *Server) volumeStats(arg uint64, m memory) error {
 		return syscall.ENODEV
 	}
 	st := d.queue.State()
+	p, err := d.pending(ctx)
 	d.mu.Lock()
 	c := d.count
 	d.mu.Unlock()
@@ -73,9 +81,12 @@ func (s *Server) volumeStats(arg uint64, m memory) error {
 	line("Filtering", "enabled")
 	line("Write Order State", orders[st.Order])
 	line("Resync Required", fmt.Sprintf("%d %s", st.Resync.Count, st.Resync.Text))
-	line("Pending Changes", st.Changes)
-	line("Pending Bytes", st.Bytes)
-	line("Oldest Pending Time Stamp", st.Oldest)
+	line("Pending Changes", p.Changes)
+	line("Pending Bytes", p.Bytes)
+	if err != nil {
+		line("Pending Not All Counted", err)
+	}
+	line("Oldest Pending Time Stamp", p.Oldest)
 	line("Committed Blocks", c.Blocks)
 	line("Committed Changes", c.Changes)
 	line("Committed Bytes", c.Bytes)
@@ -98,7 +109,7 @@ func (s *Server) volumeStats(arg uint64, m memory) error {
 }
 
 // additional tells the age of what is pending: how much would be lost with the machine.
-func (s *Server) additional(arg uint64, m memory) error {
+func (s *Server) additional(ctx context.Context, arg uint64, m memory) error {
 	d, err := s.named(arg, m)
 	if err != nil {
 		return err
@@ -110,8 +121,12 @@ func (s *Server) additional(arg uint64, m memory) error {
 	if err := get(m, arg, &in); err != nil {
 		return err
 	}
-	st := d.queue.State()
-	in.Pending, in.Oldest, in.Now = uint64(max(st.Bytes, 0)), st.Oldest, stampOf(time.Now())
+	p, err := d.pending(ctx)
+	if err != nil {
+		s.trouble("what is pending cannot be counted", "device", d.device, "error", err)
+		return err
+	}
+	in.Pending, in.Oldest, in.Now = uint64(p.Bytes), p.Oldest, stampOf(time.Now())
 	if in.Oldest == 0 {
 		in.Oldest = in.Now // nothing is pending
 	}

@@ -22,7 +22,7 @@ type memSystem struct {
 	queues  map[string]*memQueue
 	names   map[string]string
 	frozen  map[string]bool
-	loose   bool // freezes do not hold
+	loose   bool // freezes and barriers do not hold
 	held    int
 	marks   []*memMark
 	failing error // Mark, Hold and Start answer
@@ -92,14 +92,22 @@ func (s *memSystem) Mark(_ context.Context, m Mark) (Marked, error) {
 	return mark, nil
 }
 
-func (s *memSystem) Hold(context.Context, time.Time) (func(), error) {
+func (s *memSystem) Hold(context.Context, time.Time) (func() error, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.failing != nil {
 		return nil, s.failing
 	}
 	s.held++
-	return func() { s.mu.Lock(); s.held--; s.mu.Unlock() }, nil
+	return func() error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.held--
+		if s.loose {
+			return errors.New("its time was over")
+		}
+		return nil
+	}, nil
 }
 
 func (s *memSystem) Freeze(_ context.Context, device string, _ time.Time) (func() error, error) {
@@ -157,7 +165,8 @@ type memQueue struct {
 	resync    Resync
 	more      chan struct{} // closed when something is added
 	settled   int
-	late      bool // something becomes known right after Next has found nothing
+	uncounted error // Pending's
+	late      bool  // something becomes known right after Next has found nothing
 }
 
 func newQueue(s *memSystem) *memQueue {
@@ -240,7 +249,7 @@ func (q *memQueue) Wait(ctx context.Context, bytes int64) error {
 		q.mu.Lock()
 		more := q.more
 		q.mu.Unlock()
-		if s := q.State(); s.Bytes >= bytes {
+		if p, _ := q.Pending(ctx); p.Bytes >= bytes {
 			return nil
 		}
 		select {
@@ -271,20 +280,23 @@ func (q *memQueue) Settle(context.Context) error {
 func (q *memQueue) State() State {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	s := State{Order: q.order, Committed: q.committed, Known: q.known, Resync: q.resync}
+	return State{Order: q.order, Committed: q.committed, Known: q.known, Resync: q.resync}
+}
+
+func (q *memQueue) Pending(context.Context) (p Pending, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
 	for _, e := range q.entries {
-		s.Changes += int64(len(e.batch.Changes))
+		p.Any = true
+		p.Changes += int64(len(e.batch.Changes))
 		for _, c := range e.batch.Changes {
-			s.Bytes += c.Length
-			if s.Oldest == 0 {
-				s.Oldest = c.At.Time
+			p.Bytes += c.Length
+			if p.Oldest == 0 {
+				p.Oldest = c.At.Time
 			}
 		}
-		if e.mark != nil {
-			s.Changes++
-		}
 	}
-	return s
+	return p, q.uncounted
 }
 
 // space is a caller's memory: size bytes at base.

@@ -73,7 +73,7 @@ func (d *disk) wait(ctx context.Context, seconds int32) error {
 		return syscall.EBUSY
 	case err == nil && ctx.Err() == nil:
 		return nil
-	case d.pending():
+	case d.any(ctx):
 		return nil
 	case err != nil && ctx.Err() == nil: // the queue has come to an end
 		return err
@@ -81,9 +81,14 @@ func (d *disk) wait(ctx context.Context, seconds int32) error {
 	return syscall.ETIMEDOUT
 }
 
-func (d *disk) pending() bool {
-	s := d.queue.State()
-	return s.Bytes > 0 || s.Changes > 0
+// anyMax bounds the look whether anything is pending, when the time of a wait is over.
+const anyMax = time.Second
+
+func (d *disk) any(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), anyMax)
+	defer cancel()
+	p, _ := d.queue.Pending(ctx) // what could not be counted is behind what could
+	return p.Any
 }
 
 func (s *Server) threshold(arg uint64, m memory) error {
