@@ -118,11 +118,6 @@ func (s *Server) CreateSnapshot(r snapshot.Request) (snapshot.Info, error) {
 		}
 		r.Devices[i] = d.now().spec.Name
 	}
-	if s.memory != "" {
-		if err := os.MkdirAll(s.memory, 0o700); err != nil {
-			return snapshot.Info{}, err
-		}
-	}
 	id, err := s.set.Create(r)
 	if err != nil {
 		return snapshot.Info{}, errors.Join(err, s.closeDisks())

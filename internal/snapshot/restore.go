@@ -274,7 +274,7 @@ func (s *Snapshot) goOn() error {
 	if err := s.begin(found, sealed); err != nil {
 		return err
 	}
-	if err := s.change(func(m *manifest) { m.Clean, m.Boot = false, s.set.cfg.BootID }); err != nil {
+	if err := s.change(func(m *manifest) { m.Clean, m.Boot, m.Memory = false, s.set.cfg.BootID, s.set.cfg.Memory != "" }); err != nil {
 		return err
 	}
 	s.grows()
@@ -321,30 +321,39 @@ func (s *Snapshot) spaces() ([]diff.Space, error) {
 	return out, nil
 }
 
-// buffers takes over the chunks that a killed process had in memory.
+// buffers takes over the chunks that a killed process had in memory. Where there
+// are none that matter it begins with empty ones.
 func (s *Snapshot) buffers(sameBoot bool, found map[diff.Key]diff.Found) ([]*diff.Buffer, error) {
+	if !s.man.Memory || s.man.Clean || !sameBoot {
+		return nil, s.emptyBuffers()
+	}
+	file, err := os.OpenFile(s.set.memory(s.id), os.O_RDWR, 0)
+	if errors.Is(err, os.ErrNotExist) && s.man.Durable { // all of it was stored
+		return nil, s.emptyBuffers()
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	var sealed []*diff.Buffer
+	s.pending, sealed, err = diff.RecoverPending(s.storage, s.man.Buffers, file, found)
+	return sealed, err
+}
+
+// emptyBuffers makes new ones, in memory that outlives the process where there is such.
+func (s *Snapshot) emptyBuffers() (err error) {
 	var file *os.File
-	if s.man.Memory {
-		var err error
-		if file, err = os.OpenFile(s.set.memory(s.id), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
-			return nil, err
+	if s.set.cfg.Memory != "" {
+		if err := os.MkdirAll(s.set.cfg.Memory, 0o700); err != nil { // it goes with every start of the machine
+			return err
+		}
+		if file, err = os.OpenFile(s.set.memory(s.id), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
+			return err
 		}
 		defer file.Close()
 	}
-	if file == nil || s.man.Clean || !sameBoot {
-		if file != nil {
-			if err := file.Truncate(0); err != nil {
-				return nil, err
-			}
-		}
-		var err error
-		s.pending, err = diff.NewPending(s.storage, s.man.Buffers, file)
-		return nil, err
-	}
-	var sealed []*diff.Buffer
-	var err error
-	s.pending, sealed, err = diff.RecoverPending(s.storage, s.man.Buffers, file, found)
-	return sealed, err
+	s.pending, err = diff.NewPending(s.storage, s.man.Buffers, file)
+	return err
 }
 
 func (s *Snapshot) begin(found map[diff.Key]diff.Found, sealed []*diff.Buffer) error {

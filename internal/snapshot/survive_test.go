@@ -120,6 +120,7 @@ func TestKilledAgainAndAgain(t *testing.T) {
 	if err := r.set.Stop(); err != nil {
 		t.Fatal(err)
 	}
+	memory = filepath.Join(t.TempDir(), "gone with the boot")
 	r = newRig(t, Config{Dir: filepath.Join(dir, "state"), Memory: memory, BootID: "two"}, openDevice(t, filepath.Join(dir, "0")), openDevice(t, filepath.Join(dir, "1")))
 	if len(r.set.List()) != 2 {
 		t.Errorf("%+v", r.set.List())
@@ -186,6 +187,9 @@ func TestPowerLoss(t *testing.T) {
 		disk.Off, store.Off = &cut, &cut
 		locate := func(string) (Place, error) { return Place{Device: store}, nil }
 		cfg := Config{Dir: t.TempDir(), BootID: "one", Locate: locate}
+		if rng.IntN(4) > 0 {
+			cfg.Memory = filepath.Join(t.TempDir(), "memory")
+		}
 		r := newRig(t, cfg, disk)
 		p := make([]byte, mib)
 		testkit.Fill(p, 0, 0, 1)
@@ -226,6 +230,11 @@ func TestPowerLoss(t *testing.T) {
 		load.Wait()
 		disk, store = disk.Crash(), store.Crash()
 		cfg.BootID = "two"
+		if cfg.Memory != "" {
+			if err := os.RemoveAll(cfg.Memory); err != nil { // it is in memory indeed
+				t.Fatal(err)
+			}
+		}
 		again := newRig(t, cfg, disk)
 		info := again.set.List()
 		if len(info) != 1 || info[0].ID != FormatID(id) {

@@ -4,12 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"time"
 
 	"tidemark/internal/block"
 	"tidemark/internal/cbt"
-	"tidemark/internal/diff"
 	"tidemark/internal/filter/barrier"
 	"tidemark/internal/filter/cow"
 )
@@ -61,6 +59,7 @@ func (t *Set) Take(ctx context.Context, id ID) error {
 	}
 	err = s.change(func(m *manifest) {
 		m.State, m.TakenAt, m.Boot, m.Clean, m.Frozen = stateTaken, now.at, t.cfg.BootID, false, now.frozen > 0
+		m.Memory = t.cfg.Memory != ""
 		for i, c := range s.changes {
 			m.Devices[i].Size = s.images[i].Size()
 			if c != nil {
@@ -76,16 +75,7 @@ func (t *Set) Take(ctx context.Context, id ID) error {
 
 // prepare makes the buffers and the images.
 func (s *Snapshot) prepare() error {
-	var file *os.File
-	if s.man.Memory {
-		var err error
-		if file, err = os.OpenFile(s.set.memory(s.id), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
-			return err
-		}
-		defer file.Close()
-	}
-	var err error
-	if s.pending, err = diff.NewPending(s.storage, s.man.Buffers, file); err != nil {
+	if err := s.emptyBuffers(); err != nil {
 		return err
 	}
 	for i := range s.devices {
