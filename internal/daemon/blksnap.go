@@ -223,6 +223,8 @@ func (b *blksnapSystem) Append(id abi.ID, dev abi.Dev, ranges []block.Range) err
 		b.health.Raise(health.Condition{Code: "snapshot-foreign-storage", Severity: health.Warning, Subject: dev.String(),
 			Detail: "A program gave /dev/blksnap ranges of " + path + " for difference storage, a disk that others use and Tidemark does not serve: whether the file that they belong to still has them nobody could watch, and what gets them next would be overwritten.",
 			Remedy: "Have it put its file on the device that is snapshotted, or on another served one; or give a file yourself, which is then written through its file system: tidemark snapshot append " + snapshot.FormatID(snapshot.ID(id)) + " FILE."})
+	} else if err == nil {
+		b.health.Clear("snapshot-foreign-storage", dev.String())
 	}
 	return snapshotError(err)
 }
