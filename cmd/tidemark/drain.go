@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -82,9 +81,22 @@ Where nothing is pending it ends with exit code 12.`,
 
 func (n *nextFlags) run(cmd *cobra.Command, group, consumer string) error {
 	c, ctx := dial(socketFlagOf(cmd)), cmd.Context()
+	out := cmd.OutOrStdout()
+	toOut := n.to == "-" || n.to == "" && !n.asJSON && terminalWidth(out) == 0
 	var err error
 	if n.req.BatchBytes, err = parseSize(n.size); err != nil {
 		return usageError{fmt.Errorf("--batch-size: %w", err)}
+	}
+	switch {
+	case n.wait < 0:
+		return usageError{fmt.Errorf("--wait %s: want 0 or more", n.wait)}
+	case toOut && n.asJSON:
+		return usageError{errors.New("--json and the batch itself cannot both go to standard output: give --to FILE")}
+	}
+	if n.to != "" && n.to != "-" {
+		if err := canHold(n.to); err != nil { // before a consumer is made
+			return fmt.Errorf("--to: %w", err)
+		}
 	}
 	raw, err := n.fetch(ctx, c, group, consumer)
 	if err != nil {
@@ -94,17 +106,13 @@ func (n *nextFlags) run(cmd *cobra.Command, group, consumer string) error {
 	if err != nil {
 		return err
 	}
-	out := cmd.OutOrStdout()
-	toOut := n.to == "-" || n.to == "" && !n.asJSON && terminalWidth(out) == 0
 	switch {
-	case toOut && n.asJSON:
-		return usageError{errors.New("--json and the batch itself cannot both go to standard output: give --to FILE")}
 	case toOut:
 		_, err = out.Write(raw)
 		return err
 	case n.to != "":
-		if err := writeSynced(n.to, raw); err != nil {
-			return fmt.Errorf("the batch: %w", err)
+		if err := writeWhole(n.to, raw); err != nil {
+			return fmt.Errorf("the batch was not written, and comes again: %w", err)
 		}
 	}
 	if n.asJSON {
@@ -131,18 +139,6 @@ func (n *nextFlags) fetch(ctx context.Context, c *api.Client, group, consumer st
 			return nil, err
 		}
 	}
-}
-
-func writeSynced(path string, b []byte) error {
-	f, err := os.Create(path)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
 }
 
 // opNames are what records do, as people and programs read it.

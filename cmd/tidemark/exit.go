@@ -92,7 +92,7 @@ func exitCode(ctx context.Context, err error) int {
 		{restore.ErrInUse, exitInUse}, {restore.ErrProtected, exitInUse}, {restore.ErrTooSmall, exitRefused},
 		{restore.ErrNotEmpty, exitRefused}, {restore.ErrDirectory, exitRefused}, {restore.ErrKind, exitRefused}, {restore.ErrVault, exitRefused},
 		{mount.ErrNoFileSystem, exitNotFound}, {mount.ErrPartition, exitUsage}, {mount.ErrSameFS, exitInUse}, {mount.ErrDir, exitUsage}, {mount.ErrTaken, exitInUse},
-		{vault.ErrUnreachable, exitUnreachable}, {daemon.ErrRunning, exitInUse}, {daemon.ErrCompat, exitUsage}, {metrics.ErrAddress, exitUsage}, {daemon.ErrState, exitRefused}, {daemon.ErrSocket, exitRefused},
+		{vault.ErrUnreachable, exitUnreachable}, {daemon.ErrRunning, exitInUse}, {daemon.ErrCompat, exitUsage}, {daemon.ErrCompatVault, exitUsage}, {metrics.ErrAddress, exitUsage}, {metrics.ErrTaken, exitInUse}, {metrics.ErrListen, exitRefused}, {daemon.ErrState, exitRefused}, {daemon.ErrSocket, exitRefused},
 		{nbd.ErrURI, exitUsage}, {nbd.ErrCertificates, exitUsage}, {nbd.ErrSocketInUse, exitInUse},
 		// Last, what the kernel says of a path that nothing above has a word for.
 		{unix.ENOSPC, exitUnreachable}, {fs.ErrNotExist, exitNotFound}, {unix.EROFS, exitRefused}, {unix.ENOTDIR, exitNotFound},

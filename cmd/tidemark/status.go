@@ -68,6 +68,9 @@ func printStatus(out io.Writer, st api.Status) {
 	for _, g := range st.Groups {
 		printGroup(out, g)
 	}
+	if len(st.Groups) > 1 {
+		printTotals(out, &st.Totals)
+	}
 	printConditions(out, st.Conditions)
 }
 

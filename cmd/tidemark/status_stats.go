@@ -29,7 +29,24 @@ func printStats(out io.Writer, g api.Group) {
 			fmt.Fprintf(out, "    %-10s %s of its capture\n", l.what, text)
 		}
 	}
+	printDisks(out, g.Disks)
 	printSizes(out, g.Disks)
+}
+
+// printDisks tells what each disk takes and lacks.
+func printDisks(out io.Writer, disks []api.Disk) {
+	var rows []table.Row
+	for _, d := range disks {
+		rows = append(rows, table.Row{d.Name, formatSize(int64(d.ChurnBytesPerSecond)) + "/s", formatSize(int64(d.ChurnPeakBytesPerSecond)),
+			formatSize(int64(d.PendingBytes)), fmt.Sprintf("%.1f s", d.PendingSeconds), d.Gaps})
+	}
+	printTable(out, table.Row{"disk", "churn", "busiest second", "pending", "oldest", "gaps"}, rows)
+}
+
+// printTotals is what all groups did together since the daemon began.
+func printTotals(out io.Writer, t *api.Totals) {
+	fmt.Fprintf(out, "all groups: churn %s/s; pending %s, the oldest %.1f s old; %d gaps; bookmarks %d put, %d refused, %d dropped\n",
+		formatSize(int64(t.ChurnBytesPerSecond)), formatSize(t.PendingBytes), t.PendingSeconds, t.Gaps, t.Bookmarks.Cut+t.Bookmarks.Held, t.Bookmarks.Refused, t.Bookmarks.Dropped)
 }
 
 func seconds(s float64) string {

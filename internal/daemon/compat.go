@@ -12,20 +12,38 @@ import (
 	"tidemark/internal/control/cuse"
 	"tidemark/internal/control/involflt"
 	"tidemark/internal/health"
+	"tidemark/internal/vault"
 )
 
 // Compat are the interfaces of other systems that the daemon can answer.
 var Compat = []string{"blksnap", "involflt"}
 
-// ErrCompat: there is no such interface.
-var ErrCompat = errors.New("no such interface")
+var (
+	// ErrCompat: there is no such interface.
+	ErrCompat = errors.New("no such interface")
+	// ErrCompatVault: it is no vault, or nothing asks for one.
+	ErrCompatVault = errors.New("no use of a vault for /dev/involflt")
+)
 
-func checkCompat(names []string) error {
-	for _, n := range names {
+// checkCompat holds the settings against one another, and has each name once.
+func (c *Config) checkCompat() error {
+	for _, n := range c.Compat {
 		if !slices.Contains(Compat, n) {
 			return fmt.Errorf("--compat %q: %w\n  There are: %s", n, ErrCompat, strings.Join(Compat, ", "))
 		}
 	}
+	c.Compat = slices.Compact(slices.Sorted(slices.Values(c.Compat)))
+	if c.CompatVault == "" {
+		return nil
+	}
+	if !slices.Contains(c.Compat, "involflt") {
+		return fmt.Errorf("--compat-vault %s: %w\n  It is for --compat involflt, which is not given", c.CompatVault, ErrCompatVault)
+	}
+	dir, err := vault.Folder(c.CompatVault)
+	if err != nil {
+		return fmt.Errorf("--compat-vault: %w", err)
+	}
+	c.CompatVault = dir
 	return nil
 }
 

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tidemark/internal/control/api"
+	"tidemark/internal/control/metrics"
 	"tidemark/internal/health"
 	"tidemark/internal/protect"
 	"tidemark/internal/serve"
@@ -78,8 +79,13 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.Socket, err = filepath.Abs(cfg.Socket); err != nil {
 		return fmt.Errorf("socket: %w", err)
 	}
-	if err := checkCompat(cfg.Compat); err != nil {
+	if err := cfg.checkCompat(); err != nil {
 		return err
+	}
+	if cfg.Metrics != "" {
+		if err := metrics.Check(cfg.Metrics); err != nil {
+			return err
+		}
 	}
 	lock, err := openState(cfg.StateDir, cfg.Socket)
 	if err != nil {

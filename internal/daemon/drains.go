@@ -14,6 +14,7 @@ import (
 	"tidemark/internal/health"
 	"tidemark/internal/protect"
 	"tidemark/internal/segment"
+	"tidemark/internal/spool"
 	"tidemark/internal/stream"
 )
 
@@ -126,6 +127,9 @@ func (s *service) DrainNext(ctx context.Context, group, consumer string, r api.D
 }
 
 func (s *service) nextBatch(ctx context.Context, d *drain.Group, group, consumer string, r api.DrainRequest) (*drain.Batch, error) {
+	if r.After != 0 && !d.Has(consumer) { // none is made to be refused
+		return d.Next(ctx, consumer, r.After)
+	}
 	o := drain.Options{Disk: r.Disk, BatchBytes: r.BatchBytes, Ranges: r.Ranges}
 	if !d.Has(consumer) && r.From != "" && r.From != "empty" {
 		var err error
@@ -250,8 +254,45 @@ func conditionsOf(group string, all []api.Consumer) (out []health.Condition) {
 	return out
 }
 
+// sealWithin bounds how long it takes until what was captured is sealed: with a
+// full spool it would be for ever.
+const sealWithin = 10 * time.Second
+
+// seal has everything that was captured before the call come to a group's
+// consumers: what is not sealed would not count as pending, and be lost to them.
+func (s *service) seal(ctx context.Context, group string) error {
+	g, err := s.find(group)
+	if err != nil {
+		return err
+	}
+	limited, cancel := context.WithTimeoutCause(ctx, sealWithin, spool.ErrFull)
+	defer cancel()
+	if err = g.Seal(limited); limited.Err() != nil && ctx.Err() == nil {
+		return fmt.Errorf("group %s: %w: what was captured cannot be handed to its consumers", group, context.Cause(limited))
+	}
+	return err
+}
+
+// drained is drain.ErrPending where a consumer of the group has not got everything
+// that was captured before the call.
+func (s *service) drained(ctx context.Context, d *consumers, group string) error {
+	if len(d.List()) == 0 {
+		return nil
+	}
+	if err := d.Drained(ctx); err != nil { // so that it is said at once
+		return err
+	}
+	if err := s.seal(ctx, group); err != nil {
+		return err
+	}
+	return d.Drained(ctx)
+}
+
 func (s *service) RemoveConsumer(ctx context.Context, group, consumer string, force bool) error {
 	d, err := s.consumers(group)
+	if err == nil && !force && d.Has(consumer) {
+		err = s.seal(ctx, group)
+	}
 	if err == nil {
 		err = d.Remove(ctx, consumer, force)
 	}

@@ -52,6 +52,10 @@ func totalsOf(groups []api.Group) api.Totals {
 				out.WriteSizes[b] += n
 			}
 		}
+		for _, n := range g.Stats.Gaps {
+			out.Gaps += n
+		}
+		out.GapSeconds = max(out.GapSeconds, g.Stats.GapSeconds)
 		out.ChurnBytesPerSecond += g.Stats.ChurnBytesPerSecond
 		out.PendingBytes += g.Stats.PendingBytes
 		out.PendingSeconds = max(out.PendingSeconds, g.Stats.PendingSeconds)

@@ -193,7 +193,7 @@ func (s *service) Unprotect(ctx context.Context, name string, abandon, force boo
 		return err
 	}
 	if d, err := s.consumers(name); err == nil && !abandon && !force {
-		if err := d.Drained(ctx); err != nil {
+		if err := s.drained(ctx, d, name); err != nil {
 			return coded(err)
 		}
 	}

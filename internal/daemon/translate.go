@@ -18,6 +18,7 @@ func groupOf(s protect.Status) api.Group {
 			Name: d.Name, Device: d.Device, Identity: d.Identity, SizeBytes: d.Size, GapBytes: d.Gap,
 			Writes: d.Writes, WrittenBytes: d.Written, LostWrites: d.Lost, FailedWrites: d.Failed,
 			TakenWrites: f.Writes, TakenBytes: f.Bytes, ZeroedBytes: f.Zeroes, DiscardedBytes: f.Discards, WriteSizes: f.Sizes,
+			Gaps: f.Gaps, ChurnBytesPerSecond: f.Churn, ChurnPeakBytesPerSecond: f.ChurnPeak, PendingBytes: f.Pending, PendingSeconds: f.Age.Seconds(),
 		})
 	}
 	return out

@@ -491,3 +491,31 @@ func TestOptions(t *testing.T) {
 		t.Errorf("removed while it waits for its first fill: %v", err)
 	}
 }
+
+// TestMadeNeverAfterTheEnd: once the consumers are closed none is made, also where
+// its making was under way: its file would come back in a folder that is gone.
+func TestMadeNeverAfterTheEnd(t *testing.T) {
+	c := newReplica(t, 6, Options{})
+	c.in.more(1000)
+	h := &hung{revealed: c.in, free: make(chan struct{})}
+	c.g.cfg.Source = func() (Source, error) { return h, nil }
+	newest, _ := c.in.Newest()
+	ended := make(chan error)
+	go func() {
+		ended <- c.g.Make(t.Context(), "late", Options{From: Start{Position: newest.Last, Sequence: newest.Sequence}})
+	}()
+	c.g.Close()
+	close(h.free)
+	if err := <-ended; !errors.Is(err, ErrStopped) {
+		t.Errorf("made while it was closed: %v", err)
+	}
+	if err := c.g.Make(t.Context(), "later", Options{}); !errors.Is(err, ErrStopped) {
+		t.Errorf("made afterwards: %v", err)
+	}
+	if entries, err := c.fs.ReadDir(c.g.cfg.Dir); err != nil || len(entries) != 1 {
+		t.Errorf("there are %v, %v", entries, err)
+	}
+	if err := c.open(); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -40,6 +40,7 @@ type Group struct {
 	end      context.CancelFunc
 
 	making    sync.Mutex // one consumer is made or removed at a time; taken before mu
+	ending    sync.Mutex // held while a consumer's file is made, so that none is after Close
 	mu        sync.Mutex
 	consumers map[string]*consumer
 	damaged   map[string]error
@@ -155,20 +156,30 @@ func (g *Group) Make(ctx context.Context, name string, o Options) error {
 	if c.saved, err = g.begin(ctx, &c.m, o); err != nil {
 		return err
 	}
-	if err := g.cfg.FS.MkdirAll(g.cfg.Dir, 0o700); err != nil {
-		return err
-	}
-	if err := g.cfg.FS.SyncDir(filepath.Dir(g.cfg.Dir)); err != nil {
-		return err
-	}
-	if err := c.file.create(&c.saved); err != nil {
-		return err
+	if err := g.create(c); err != nil {
+		return fmt.Errorf("consumer %s was not made: %w", name, err)
 	}
 	c.told.Store(&told{saved: c.saved})
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.consumers[name] = c
 	return nil
+}
+
+// create makes a consumer's file. ErrStopped: the group's folder may be gone by now.
+func (g *Group) create(c *consumer) error {
+	g.ending.Lock()
+	defer g.ending.Unlock()
+	if g.counting.Err() != nil {
+		return ErrStopped
+	}
+	if err := g.cfg.FS.MkdirAll(g.cfg.Dir, 0o700); err != nil {
+		return err
+	}
+	if err := g.cfg.FS.SyncDir(filepath.Dir(g.cfg.Dir)); err != nil {
+		return err
+	}
+	return c.file.create(&c.saved)
 }
 
 // Has says whether there is a consumer of this name.
@@ -435,7 +446,9 @@ func (g *Group) Wake() {
 // Close ends every Wait, and the use of the consumers; their states stay.
 func (g *Group) Close() {
 	close(g.stop)
+	g.ending.Lock()
 	g.end()
+	g.ending.Unlock()
 	for _, c := range g.all() {
 		c.close()
 	}

@@ -219,6 +219,7 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 	s.mode = newMode(s.source.PayloadCaptured())
 	s.mode.told = s.stats
 	s.stats.moved(s.mode.now, moveOpened)
+	s.stats.begun()
 	s.place, s.skipBefore, s.seenDrops = s.source.Consumer(), 0, 0
 	s.gapOpen, s.settled = false, 0
 	c, err := s.source.Counters()

@@ -93,6 +93,9 @@ func (l *Ledger) Prepare(ctx context.Context, groups []*Group, r MarkRequest) (P
 	}
 	p, err := l.reserve(r)
 	if err != nil {
+		for _, g := range groups {
+			g.stats.refuse()
+		}
 		return Prepared{}, err
 	}
 	err = p.prepare(ctx, l, groups, r)

@@ -100,7 +100,7 @@ func (s *session) takeWrite(r *source.Record) error {
 	if err := s.append(&s.record); err != nil {
 		return fmt.Errorf("write of %s at %s: %w", s.cfg.Disks[r.Disk].Name, r.Range, err)
 	}
-	if s.stats.wrote(r, s.lastTime/int64(time.Second)); s.oldest == 0 {
+	if s.stats.wrote(r, s.lastTime); s.oldest == 0 {
 		s.oldest = s.record.Time
 	}
 	if s.gapOpen && r.Op != block.OpDiscard {
@@ -209,6 +209,7 @@ func (s *session) rewind() {
 		w.taken = false
 	}
 	s.rewindMarks()
+	s.stats.begun()
 	s.oldest = 0
 	s.builder.Reset()
 	s.marked, s.unsealed = 0, s.unsealed[:0]
@@ -267,7 +268,7 @@ func (s *session) openGap(cause stream.Cause, ranges []block.DiskRange, drops ui
 		s.gapSince = first
 		s.gapOpen, s.settled = true, 0
 	}
-	s.stats.gap(cause, what == "gap opened")
+	s.stats.gap(cause, what == "gap opened", ranges)
 	for part := range chunks(ranges, gapRangesMax) {
 		s.position++
 		if err := s.append(&stream.Record{Kind: stream.KindGap, Cause: cause, Position: s.position, Time: s.now(), Ranges: part}); err != nil {

@@ -100,24 +100,56 @@ func (s *session) ship(ctx context.Context) error {
 
 // drain returns when the vault holds everything that the ring held at the call.
 func (s *session) drain(ctx context.Context) error {
-	var end source.Place
-	var last uint64
-	err := s.ask(ctx, func() error { end = s.source.Producer(); return nil })
+	last, err := s.flush(ctx)
 	again := time.NewTicker(tick)
 	defer again.Stop()
-	for err == nil && (last == 0 || !s.pending.has(last)) {
-		if last == 0 {
-			err = s.ask(ctx, func() (err error) { last, err = s.sealUpTo(end); return err })
-		}
+	for err == nil && !s.pending.has(last) {
 		select {
 		case <-ctx.Done():
-			return errors.New("the vault does not take what is still in the spool: " + ctx.Err().Error())
+			err = ctx.Err()
 		case <-s.over:
-			return ErrOffline
+			err = ErrOffline
 		case <-again.C:
 		}
 	}
+	if err != nil && ctx.Err() != nil {
+		return errors.New("the vault does not take what is still in the spool: " + ctx.Err().Error())
+	}
 	return err
+}
+
+// Seal returns when everything that was captured before the call is sealed, and
+// can be handed to consumers; where the spool is full that takes until it has room.
+func (g *Group) Seal(ctx context.Context) error {
+	s := g.current()
+	if s == nil {
+		return g.offlineError()
+	}
+	_, err := s.flush(ctx)
+	return err
+}
+
+// flush seals everything that the ring holds at the call, and gives the sequence of
+// a segment by which it is. It may be called concurrently.
+func (s *session) flush(ctx context.Context) (last uint64, err error) {
+	var end source.Place
+	err = s.ask(ctx, func() error { end = s.source.Producer(); return nil })
+	again := time.NewTicker(tick)
+	defer again.Stop()
+	for err == nil {
+		err = s.ask(ctx, func() (err error) { last, err = s.sealUpTo(end); return err })
+		if err != nil || last != 0 {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			err = ctx.Err()
+		case <-s.over:
+			err = ErrOffline
+		case <-again.C:
+		}
+	}
+	return last, err
 }
 
 // sealUpTo gives the sequence of a segment by which everything before a place in

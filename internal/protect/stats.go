@@ -41,12 +41,23 @@ type parcelled struct {
 	sequence uint64
 	captured time.Time // its oldest write
 	bytes    int64
+	disks    []share // what it has of each
+}
+
+// share is what a segment has of one disk.
+type share struct {
+	bytes  uint64 // of writes' content
+	oldest int64  // time of the oldest write, in nanoseconds since 1970; 0: none
 }
 
 type diskCounts struct {
 	writes, bytes    atomic.Uint64 // with their content
 	zeroes, discards atomic.Uint64 // bytes
 	sizes            [SizeBuckets]atomic.Uint64
+	gaps             atomic.Uint64
+	churn            churn
+	open             atomic.Uint64 // bytes of writes' content in the segment under construction
+	oldest           atomic.Int64  // time of the oldest write in that; 0: none
 }
 
 const gapCauses = 8
@@ -74,16 +85,21 @@ func newStats(disks int) *Stats {
 	return &Stats{disks: make([]diskCounts, disks), since: time.Now(), mode: modeOffline}
 }
 
-// wrote counts one captured write, of a time in seconds since 1970.
+// wrote counts one captured write, of a time in nanoseconds since 1970.
 func (s *Stats) wrote(r *source.Record, now int64) {
 	if s == nil {
 		return
 	}
 	d, n := &s.disks[r.Disk], uint64(r.Range.Len)
+	if d.oldest.Load() == 0 {
+		d.oldest.Store(now)
+	}
 	switch r.Op {
 	case block.OpWrite:
 		d.bytes.Add(n)
-		s.churn.add(now, n)
+		d.open.Add(n)
+		d.churn.add(now/int64(time.Second), n)
+		s.churn.add(now/int64(time.Second), n)
 	case block.OpZeroes:
 		d.zeroes.Add(n)
 	default:
@@ -93,15 +109,47 @@ func (s *Stats) wrote(r *source.Record, now int64) {
 	d.sizes[sizeBucket(r.Range.Len)].Add(1)
 }
 
+// begun notes that the segment under construction is empty: what was in it is
+// taken from the ring once more, or lost with it.
+func (s *Stats) begun() {
+	if s == nil {
+		return
+	}
+	for i := range s.disks {
+		s.disks[i].open.Store(0)
+		s.disks[i].oldest.Store(0)
+	}
+}
+
 // stored notes that a segment is in the spool.
 func (s *Stats) stored(sequence uint64, captured time.Time, bytes int64) {
 	if s == nil {
 		return
 	}
 	s.durable.observe(time.Since(captured))
+	p := parcelled{sequence, captured, bytes, make([]share, len(s.disks))}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.sealed = append(s.sealed, parcelled{sequence, captured, bytes})
+	for i := range s.disks {
+		p.disks[i] = share{s.disks[i].open.Swap(0), s.disks[i].oldest.Swap(0)}
+	}
+	s.sealed = append(s.sealed, p)
+}
+
+// pending is what of a disk is captured and not in the vault; s.mu is held.
+func (s *Stats) pending(disk int, now time.Time) (bytes uint64, age time.Duration) {
+	d := &s.disks[disk]
+	bytes, oldest := d.open.Load(), d.oldest.Load()
+	for i := range s.sealed {
+		p := s.sealed[len(s.sealed)-1-i].disks[disk]
+		if bytes += p.bytes; p.oldest != 0 {
+			oldest = p.oldest
+		}
+	}
+	if oldest != 0 {
+		age = max(0, now.Sub(time.Unix(0, oldest)))
+	}
+	return bytes, age
 }
 
 // arrived notes that the vault holds everything up to a segment.
@@ -163,10 +211,19 @@ func (s *Stats) moved(to Mode, why int) {
 	s.mode, s.since = n, now
 }
 
-// gap notes one that was opened or became wider.
-func (s *Stats) gap(cause stream.Cause, opened bool) {
+// gap notes one that was opened or became wider, over ranges.
+func (s *Stats) gap(cause stream.Cause, opened bool, ranges []block.DiskRange) {
 	if s == nil {
 		return
+	}
+	touched := make([]bool, len(s.disks))
+	for _, r := range ranges {
+		touched[r.Disk] = true
+	}
+	for i, is := range touched {
+		if is {
+			s.disks[i].gaps.Add(1)
+		}
 	}
 	if !opened {
 		s.widened.Add(1)
@@ -349,7 +406,12 @@ type Figures struct {
 // DiskFigures are those of one disk.
 type DiskFigures struct {
 	Writes, Bytes, Zeroes, Discards uint64
-	Sizes                           []uint64 // of writes, by SizeBound
+	Sizes                           []uint64      // of writes, by SizeBound
+	Gaps                            uint64        // that were opened over blocks of it, or became wider by them
+	Churn                           float64       // bytes a second, over the last minute
+	ChurnPeak                       uint64        // bytes in one second, the most there were
+	Pending                         uint64        // bytes of writes' content that are captured and not in the vault
+	Age                             time.Duration // of the oldest write that is not in the vault
 }
 
 // Move is how often one mode followed another for a reason.
@@ -366,12 +428,7 @@ func (s *Stats) Figures() Figures {
 		GapsWidened: s.widened.Load(), Refused: s.refused.Load(), Dropped: s.dropped.Load(), Durable: s.durable.read(), Vaulted: s.vaulted.read(), Drained: s.drained.read()}
 	f.Churn, f.ChurnPeak = s.churn.read(now)
 	for i := range s.disks {
-		d := &s.disks[i]
-		one := DiskFigures{Writes: d.writes.Load(), Bytes: d.bytes.Load(), Zeroes: d.zeroes.Load(), Discards: d.discards.Load()}
-		for k := range d.sizes {
-			one.Sizes = append(one.Sizes, d.sizes[k].Load())
-		}
-		f.Disks = append(f.Disks, one)
+		f.Disks = append(f.Disks, s.disks[i].read(now))
 	}
 	for cause := stream.CauseInitial; cause <= stream.CauseMetadata; cause++ {
 		f.Gaps[cause.String()] = s.gaps[cause].Load()
@@ -387,6 +444,9 @@ func (s *Stats) Figures() Figures {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	for i := range f.Disks {
+		f.Disks[i].Pending, f.Disks[i].Age = s.pending(i, now)
+	}
 	for i, d := range s.spent {
 		if i == s.mode {
 			d += now.Sub(s.since)
@@ -401,4 +461,14 @@ func (s *Stats) Figures() Figures {
 		f.InGaps += now.Sub(s.gapSince)
 	}
 	return f
+}
+
+// read gives the counts of a disk, but for what is pending.
+func (d *diskCounts) read(now time.Time) DiskFigures {
+	out := DiskFigures{Writes: d.writes.Load(), Bytes: d.bytes.Load(), Zeroes: d.zeroes.Load(), Discards: d.discards.Load(), Gaps: d.gaps.Load()}
+	for k := range d.sizes {
+		out.Sizes = append(out.Sizes, d.sizes[k].Load())
+	}
+	out.Churn, out.ChurnPeak = d.churn.read(now)
+	return out
 }

@@ -203,6 +203,14 @@ func TestDrainByHand(t *testing.T) {
 	d.Protect("g", "--seal-every", "50ms", disk.Path)
 	file := func(n int) string { return filepath.Join(d.Dir, fmt.Sprint("batch", n)) }
 	d.Refused(4, "drain", "commit", "g", "c", "1")
+	d.Refused(4, "drain", "next", "g", "c", "--after", "3", "--to", file(1))
+	d.Refused(4, "drain", "next", "g", "c", "--to", filepath.Join(d.Dir, "none", "batch"))
+	d.Refused(2, "drain", "next", "g", "c", "--to", d.Dir)
+	d.Refused(2, "drain", "next", "g", "c", "--wait", "-1s", "--to", file(1))
+	d.Refused(2, "drain", "next", "g", "c", "--to", "-", "--json")
+	if text := d.Run("drain", "ls", "g", "--json"); text != "[]\n" {
+		t.Errorf("what was refused made a consumer: %s", text)
+	}
 	d.Run("drain", "next", "g", "c", "--to", file(1))
 	d.Run("drain", "next", "g", "c", "--to", file(2))
 	equal(t, file(1), file(2))
@@ -315,4 +323,41 @@ func TestDrainVaultAway(t *testing.T) {
 	if err := <-ended; err == nil || errors.Is(err, client.ErrNothing) || errors.Is(err, io.EOF) {
 		t.Errorf("a wait for a group that is unprotected ends with %v", err)
 	}
+}
+
+// TestDrainToTheEnd: unprotect and drain rm refuse while anything that was captured
+// is not handed over, also what is not sealed yet.
+func TestDrainToTheEnd(t *testing.T) {
+	disk := testkit.NewDisk(t, 8*mib)
+	d := program.New(t)
+	d.Protect("g", "--seal-every", "1m", disk.Path)
+	c := client.Dial(filepath.Join(d.Dir, "socket")).Consumer("g", "c", client.Options{})
+	for {
+		b, err := c.Next(t.Context(), 0)
+		if errors.Is(err, client.ErrNothing) {
+			break
+		}
+		if err == nil {
+			err = c.Commit(t.Context(), b.Number)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	f, buf := open(t, disk.Path, unix.O_DIRECT), aligned(t, 4096)
+	for n, refused := range [][]string{{"unprotect", "g"}, {"drain", "rm", "g", "c"}} {
+		testkit.Fill(buf, 0, 0, uint64(n+1))
+		if _, err := f.WriteAt(buf, 0); err != nil {
+			t.Fatal(err)
+		}
+		d.Refused(exitRefused, refused...)
+		b, err := c.Next(t.Context(), 0) // it was sealed to be looked at
+		if err != nil || len(b.Records) != 1 || !bytes.Equal(b.Records[0].Payload, buf) {
+			t.Fatalf("%+v, %v", b, err)
+		}
+		if err := c.Commit(t.Context(), b.Number); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.Run("unprotect", "g")
 }

@@ -40,6 +40,7 @@ func TestStatistics(t *testing.T) {
 		m.d.Run("bookmark", "ga", "alone")
 		m.d.Run("bookmark", "ga", "gb", "both")
 		m.d.Run("bookmark", "--prepare", "ga", "gb", "taken-back")
+		m.d.Refused(exitInUse, "bookmark", "ga", "gb", "taken-back") // its name is taken
 		m.d.Run("bookmark", "--revoke", "taken-back")
 		m.d.Refused(exitInUse, "bookmark", "ga", "alone")
 		m.drainAll("ga")
@@ -67,6 +68,9 @@ func TestStatistics(t *testing.T) {
 					}
 				}
 			}
+			if d.Gaps != 1 || d.PendingBytes != 0 || d.PendingSeconds != 0 || d.ChurnPeakBytesPerSecond == 0 || d.ChurnPeakBytesPerSecond > bytes {
+				t.Errorf("group %s: its disk %+v", g.Name, d)
+			}
 			if d.TakenWrites != 5 || d.TakenBytes != bytes {
 				t.Errorf("group %s: %d writes of %d bytes, want 5 of %d", g.Name, d.TakenWrites, d.TakenBytes, bytes)
 			}
@@ -80,7 +84,7 @@ func TestStatistics(t *testing.T) {
 				t.Errorf("group %s: %+v", g.Name, g.Stats)
 			}
 		}
-		if a, b := st.Groups[0].Stats.Bookmarks, st.Groups[1].Stats.Bookmarks; a != (api.BookmarkCounts{Cut: 2, Refused: 1, Dropped: 1}) || b != (api.BookmarkCounts{Held: 1, Dropped: 1}) {
+		if a, b := st.Groups[0].Stats.Bookmarks, st.Groups[1].Stats.Bookmarks; a != (api.BookmarkCounts{Cut: 2, Refused: 2, Dropped: 1}) || b != (api.BookmarkCounts{Held: 1, Refused: 1, Dropped: 1}) {
 			t.Errorf("bookmarks %+v and %+v", a, b)
 		}
 		if l := st.Groups[1].Stats.LastBookmark; l == nil || l.Name != "both" || l.Barrier != "held" || l.HeldSeconds <= 0 {
@@ -89,21 +93,32 @@ func TestStatistics(t *testing.T) {
 		if a, b := all(st.Groups[0].Stats.Drained), all(st.Groups[1].Stats.Drained); a == 0 || b != 0 {
 			t.Errorf("%d batches of ga were drained, %d of gb, which has no consumer", a, b)
 		}
-		if st.Totals.Bookmarks != (api.BookmarkCounts{Cut: 2, Held: 1, Refused: 1, Dropped: 2}) {
+		if st.Totals.Bookmarks != (api.BookmarkCounts{Cut: 2, Held: 1, Refused: 3, Dropped: 2}) || st.Totals.Gaps != 2 || st.Totals.ChurnBytesPerSecond <= 0 {
 			t.Errorf("totals %+v", st.Totals)
 		}
 		text := m.d.Run("status", "gb")
-		for _, want := range []string{"0 put by a cut, 1 with writes held, 0 refused, 1 dropped; the last was both, barrier held", "1 initial", "WRITES OF AT MOST", "durable    half within"} {
+		for _, want := range []string{"0 put by a cut, 1 with writes held, 1 refused, 1 dropped; the last was both, barrier held", "1 initial", "WRITES OF AT MOST", "BUSIEST SECOND", "durable    half within"} {
 			if !strings.Contains(text, want) {
 				t.Errorf("%q is not in\n%s", want, text)
 			}
 		}
+		if text := m.d.Run("status"); !strings.Contains(text, "2 gaps; bookmarks 3 put, 3 refused, 2 dropped") {
+			t.Errorf("the totals are not in\n%s", text)
+		}
 		text = scrape(t, socket)
-		for _, want := range []string{`tidemark_group_bookmarks_total{group="gb",outcome="held"} 1`, `tidemark_group_state{group="ga",state="protected"} 1`, `tidemark_disk_write_size_bytes_count{disk="served",group="gb"} 5`} {
+		for _, want := range []string{`tidemark_group_bookmarks_total{group="gb",outcome="held"} 1`, `tidemark_group_state{group="ga",state="protected"} 1`, `tidemark_disk_write_size_bytes_count{disk="served",group="gb"} 5`,
+			`tidemark_disk_pending_bytes{disk="served",group="gb"} 0`, `tidemark_disk_gaps_total{disk="served",group="gb"} 1`,
+			`tidemark_consumer_behind_positions{consumer="c",group="ga"} 0`, `tidemark_consumer_needs_fill{consumer="c",group="ga"} 0`} {
 			if !strings.Contains(text, want) {
 				t.Errorf("%s is not in\n%s", want, text)
 			}
 		}
+		program.Eventually(t, patience, "what is pending for the consumer is counted", func() error {
+			if !strings.Contains(scrape(t, socket), `tidemark_consumer_pending_bytes{consumer="c",group="ga"} 0`) {
+				return program.ErrNotYet
+			}
+			return nil
+		})
 		m.d.Kill()
 		m.d.Start() // over the socket that is left
 		if text := scrape(t, socket); !strings.Contains(text, "tidemark_up 1") {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"time"
 )
 
 //go:embed openapi.json
@@ -86,9 +87,7 @@ func decode(body io.Reader, into any) error {
 
 func answer(w http.ResponseWriter, out any, err error) {
 	if body, ok := out.(io.ReadCloser); ok && err == nil {
-		defer body.Close()
-		w.Header().Set("Content-Type", "application/octet-stream")
-		_, _ = io.Copy(w, body) // the client is gone if it fails
+		send(w, body)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
@@ -108,4 +107,22 @@ func answer(w http.ResponseWriter, out any, err error) {
 		}{e}
 	}
 	_ = json.NewEncoder(w).Encode(out) // the client is gone if it fails
+}
+
+const (
+	pieceBytes = 1 << 20
+	stallMax   = time.Minute // for a client to take one piece
+)
+
+// send answers with a batch, in pieces. A client that stands still in the middle is
+// cut off: what is on its way takes memory, and the place of another's.
+func send(w http.ResponseWriter, body io.ReadCloser) {
+	defer body.Close()
+	w.Header().Set("Content-Type", "application/octet-stream")
+	c := http.NewResponseController(w)
+	for err := error(nil); err == nil; {
+		_ = c.SetWriteDeadline(time.Now().Add(stallMax)) // where there is none the client is waited for
+		_, err = io.CopyN(w, body, pieceBytes)           // the client is gone if it fails
+	}
+	_ = c.SetWriteDeadline(time.Time{})
 }

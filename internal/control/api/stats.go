@@ -61,6 +61,8 @@ type Totals struct {
 	Writes              uint64         `json:"writes"`
 	WrittenBytes        uint64         `json:"written_bytes"`
 	LostWrites          uint64         `json:"lost_writes"`
+	Gaps                uint64         `json:"gaps"`        // opened
+	GapSeconds          float64        `json:"gap_seconds"` // the worst group's
 	ChurnBytesPerSecond float64        `json:"churn_bytes_per_second"`
 	PendingBytes        int64          `json:"pending_bytes"`
 	PendingSeconds      float64        `json:"pending_seconds"` // the worst group's

@@ -76,6 +76,12 @@ type Disk struct {
 	ZeroedBytes    uint64   `json:"zeroed_bytes"`
 	DiscardedBytes uint64   `json:"discarded_bytes"`
 	WriteSizes     []uint64 `json:"write_sizes"` // by class: up to 512 bytes, 1 KiB, ... 8 MiB, and above
+	Gaps           uint64   `json:"gaps"`        // that were opened over blocks of it, or became wider by them
+
+	ChurnBytesPerSecond     float64 `json:"churn_bytes_per_second"`      // written, over the last minute
+	ChurnPeakBytesPerSecond uint64  `json:"churn_peak_bytes_per_second"` // in the busiest second
+	PendingBytes            uint64  `json:"pending_bytes"`               // of writes' content, captured and not in the vault
+	PendingSeconds          float64 `json:"pending_seconds"`             // age of its oldest write that is not in the vault
 }
 
 // ProtectRequest is the body of POST /v1/groups. Zero settings mean the defaults.

@@ -31,10 +31,21 @@ var described = []description{
 	describe("group_drained_seconds", "from the capture of a batch's newest record to its commit by a consumer of the drain", "group"),
 	describe("disk_size_bytes", "size of the disk", "group", "disk"),
 	describe("disk_gap_bytes", "of the disk, not known to the history", "group", "disk"),
+	describe("disk_churn_bytes_per_second", "written, over the last minute", "group", "disk"),
+	describe("disk_churn_peak_bytes_per_second", "written in the busiest second", "group", "disk"),
+	describe("disk_pending_bytes", "content of writes that is captured and not in the vault", "group", "disk"),
+	describe("disk_pending_seconds", "age of the oldest write that is captured and not in the vault", "group", "disk"),
+	describe("disk_gaps_total", "gaps that were opened over blocks of the disk, or became wider by them", "group", "disk"),
 	describe("disk_lost_writes_total", "writes that are gaps, since the capture began", "group", "disk"),
 	describe("disk_failed_writes_total", "writes that ended in an error, since the capture began", "group", "disk"),
 	describe("disk_bytes_total", "bytes written, zeroed and discarded", "group", "disk", "op"),
 	describe("disk_write_size_bytes", "sizes of the writes", "group", "disk"),
+	describe("consumer_behind_positions", "positions that are sealed and that the consumer has not committed", "group", "consumer"),
+	describe("consumer_pending_bytes", "content of writes that is sealed and that the consumer has not committed; none while that is not known", "group", "consumer"),
+	describe("consumer_lag_seconds", "from the newest record that the consumer has committed to the newest sealed one", "group", "consumer"),
+	describe("consumer_outstanding_batches", "given to the consumer and not committed", "group", "consumer"),
+	describe("consumer_needs_fill", "1 where what the consumer's copy lacks comes as a fill", "group", "consumer"),
+	describe("consumer_damaged", "1 where the consumer's state is damaged, and it gets nothing", "group", "consumer"),
 }
 
 type description struct {

@@ -22,8 +22,14 @@ import (
 	"tidemark/internal/control/api"
 )
 
-// ErrAddress: nothing may be answered there.
-var ErrAddress = errors.New("not an address for metrics")
+var (
+	// ErrAddress: nothing may be answered there.
+	ErrAddress = errors.New("not an address for metrics")
+	// ErrTaken: somebody else has it.
+	ErrTaken = errors.New("the address for metrics is taken")
+	// ErrListen: the system does not let us answer there.
+	ErrListen = errors.New("metrics cannot be told there")
+)
 
 // answerWithin bounds how long a scrape waits for the status.
 const answerWithin = 10 * time.Second
@@ -39,43 +45,68 @@ func Handler(status func(context.Context) (api.Status, error)) http.Handler {
 
 // Listen opens an address: the path of a unix socket, which only this user may
 // open, or HOST:PORT of this machine alone. Others are refused: what is told has the
-// names of disks, and nobody is asked who they are.
+// names of disks, and nobody is asked who they are. Errors: ErrAddress, ErrTaken, ErrListen.
 func Listen(address string) (net.Listener, error) {
+	if err := Check(address); err != nil {
+		return nil, err
+	}
 	if strings.HasPrefix(address, "/") {
 		return listenUnix(address)
 	}
-	host, _, err := net.SplitHostPort(address)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w: want HOST:PORT of this machine alone, or the absolute path of a unix socket", ErrAddress, err)
-	}
-	if ip, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !ip.IsLoopback()) {
-		return nil, fmt.Errorf("%w: %s is not of this machine alone: want 127.0.0.1:PORT, [::1]:PORT, or the path of a unix socket", ErrAddress, address)
-	}
 	l, err := net.Listen("tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrAddress, err)
+		return nil, unheard(address, err)
 	}
 	return l, nil
+}
+
+// Check refuses what is no address for metrics, and changes nothing. ErrAddress.
+func Check(address string) error {
+	if strings.HasPrefix(address, "/") {
+		return nil
+	}
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return fmt.Errorf("--metrics %s: %w: %w\n  Want HOST:PORT of this machine alone, or the absolute path of a unix socket", address, ErrAddress, err)
+	}
+	if ip, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !ip.IsLoopback()) {
+		return fmt.Errorf("--metrics %s: %w: it is not of this machine alone\n  Want 127.0.0.1:PORT, [::1]:PORT, or the path of a unix socket", address, ErrAddress)
+	}
+	return nil
+}
+
+// unheard says why nothing can be told at an address.
+func unheard(address string, err error) error {
+	var port *net.AddrError
+	var lookup *net.DNSError
+	is := ErrListen
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		is = ErrTaken
+	case errors.As(err, &port), errors.As(err, &lookup), errors.Is(err, unix.ENAMETOOLONG), errors.Is(err, unix.EINVAL):
+		is = ErrAddress // its port, or too long for a socket
+	}
+	return fmt.Errorf("--metrics %s: %w: %w\n  Name another with --metrics, or end what has it", address, is, err)
 }
 
 func listenUnix(path string) (net.Listener, error) {
 	if st, err := os.Lstat(path); err == nil {
 		if st.Mode()&fs.ModeSocket == 0 {
-			return nil, fmt.Errorf("%w: %s is there and is no socket", ErrAddress, path)
+			return nil, fmt.Errorf("--metrics %s: %w: a file that is no socket is there\n  Name another with --metrics", path, ErrTaken)
 		}
 		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
 			c.Close()
-			return nil, fmt.Errorf("%w: somebody answers at %s", ErrAddress, path)
+			return nil, unheard(path, unix.EADDRINUSE)
 		}
 		if err := os.Remove(path); err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrAddress, err)
+			return nil, unheard(path, err)
 		}
 	}
 	old := unix.Umask(0o177)
 	defer unix.Umask(old)
 	l, err := net.Listen("unix", path)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrAddress, err)
+		return nil, unheard(path, err)
 	}
 	return l, nil
 }
@@ -171,11 +202,34 @@ func (t teller) group(g *api.Group, bounds []int64) {
 	for i := range g.Disks {
 		t.disk(g.Name, &g.Disks[i], bounds)
 	}
+	for i := range g.Consumers {
+		t.consumer(g.Name, &g.Consumers[i])
+	}
+}
+
+// consumer tells of one that is damaged nothing else: it is not known.
+func (t teller) consumer(group string, c *api.Consumer) {
+	t.gauge("consumer_damaged", truth(c.Error != ""), group, c.Name)
+	if c.Error != "" {
+		return
+	}
+	t.gauge("consumer_behind_positions", float64(c.Behind), group, c.Name)
+	if c.PendingBytes != nil {
+		t.gauge("consumer_pending_bytes", float64(*c.PendingBytes), group, c.Name)
+	}
+	t.gauge("consumer_lag_seconds", c.LagSeconds, group, c.Name)
+	t.gauge("consumer_outstanding_batches", float64(c.Outstanding), group, c.Name)
+	t.gauge("consumer_needs_fill", truth(c.NeedsFill), group, c.Name)
 }
 
 func (t teller) disk(group string, d *api.Disk, bounds []int64) {
 	t.gauge("disk_size_bytes", float64(d.SizeBytes), group, d.Name)
 	t.gauge("disk_gap_bytes", float64(d.GapBytes), group, d.Name)
+	t.gauge("disk_churn_bytes_per_second", d.ChurnBytesPerSecond, group, d.Name)
+	t.gauge("disk_churn_peak_bytes_per_second", float64(d.ChurnPeakBytesPerSecond), group, d.Name)
+	t.gauge("disk_pending_bytes", float64(d.PendingBytes), group, d.Name)
+	t.gauge("disk_pending_seconds", d.PendingSeconds, group, d.Name)
+	t.count("disk_gaps_total", float64(d.Gaps), group, d.Name)
 	t.count("disk_lost_writes_total", float64(d.LostWrites), group, d.Name)
 	t.count("disk_failed_writes_total", float64(d.FailedWrites), group, d.Name)
 	for what, n := range map[string]uint64{"write": d.TakenBytes, "zeroes": d.ZeroedBytes, "discard": d.DiscardedBytes} {

@@ -31,10 +31,14 @@ func scrape(t *testing.T, st api.Status, err error) string {
 }
 
 func example() api.Status {
+	pending := int64(14)
 	latency := api.Latency{BoundsSeconds: []float64{0.5, 1}, Counts: []uint64{2, 3, 4}, SumSeconds: 7}
 	return api.Status{Version: "1.2", Totals: api.Totals{WriteSizeBounds: []int64{512, 1024}}, Conditions: []health.Condition{{Code: "not-root", Severity: health.Warning}},
 		Groups: []api.Group{{Name: "db", State: api.Protected, Mode: api.ModeData, RingUsedBytes: 5,
-			Disks: []api.Disk{{Name: "sdb", TakenBytes: 3000, ZeroedBytes: 72, WriteSizes: []uint64{1, 2, 3}}},
+			Disks: []api.Disk{{Name: "sdb", TakenBytes: 3000, ZeroedBytes: 72, WriteSizes: []uint64{1, 2, 3},
+				Gaps: 6, ChurnBytesPerSecond: 7.5, ChurnPeakBytesPerSecond: 8, PendingBytes: 9, PendingSeconds: 10.5}},
+			Consumers: []api.Consumer{{Name: "copy", Behind: 11, PendingBytes: &pending, LagSeconds: 12.5, Outstanding: 13, NeedsFill: true},
+				{Name: "new"}, {Name: "bad", Error: "damaged"}},
 			Stats: api.GroupStats{PendingSeconds: 2.5, ModeSeconds: map[api.Mode]float64{api.ModeData: 60, "offline": 1}, Gaps: map[string]uint64{"overflow": 2},
 				ModeMoves: []api.ModeMove{{From: api.ModeData, To: api.ModeBitmap, Cause: "range-lost", Count: 3}}, Bookmarks: api.BookmarkCounts{Held: 4}, Durable: latency}}}}
 }
@@ -55,9 +59,21 @@ func TestScrape(t *testing.T) {
 		`tidemark_group_durable_seconds_bucket{group="db",le="+Inf"} 9`, `tidemark_group_durable_seconds_sum{group="db"} 7`,
 		`tidemark_disk_bytes_total{disk="sdb",group="db",op="zeroes"} 72`,
 		`tidemark_disk_write_size_bytes_bucket{disk="sdb",group="db",le="1024"} 3`, `tidemark_disk_write_size_bytes_count{disk="sdb",group="db"} 6`,
+		`tidemark_disk_gaps_total{disk="sdb",group="db"} 6`, `tidemark_disk_churn_bytes_per_second{disk="sdb",group="db"} 7.5`,
+		`tidemark_disk_churn_peak_bytes_per_second{disk="sdb",group="db"} 8`, `tidemark_disk_pending_bytes{disk="sdb",group="db"} 9`,
+		`tidemark_disk_pending_seconds{disk="sdb",group="db"} 10.5`,
+		`tidemark_consumer_behind_positions{consumer="copy",group="db"} 11`, `tidemark_consumer_pending_bytes{consumer="copy",group="db"} 14`,
+		`tidemark_consumer_lag_seconds{consumer="copy",group="db"} 12.5`, `tidemark_consumer_outstanding_batches{consumer="copy",group="db"} 13`,
+		`tidemark_consumer_needs_fill{consumer="copy",group="db"} 1`, `tidemark_consumer_needs_fill{consumer="new",group="db"} 0`,
+		`tidemark_consumer_damaged{consumer="copy",group="db"} 0`, `tidemark_consumer_damaged{consumer="bad",group="db"} 1`,
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%s is not in:\n%s", want, text)
+		}
+	}
+	for _, not := range []string{`tidemark_consumer_pending_bytes{consumer="new"`, `tidemark_consumer_behind_positions{consumer="bad"`} {
+		if strings.Contains(text, not) {
+			t.Errorf("%s is not known, and in:\n%s", not, text)
 		}
 	}
 }
@@ -101,19 +117,19 @@ func TestListen(t *testing.T) {
 		if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o600 {
 			t.Errorf("%v, %v", st.Mode(), err)
 		}
-		if _, err := Listen(path); !errors.Is(err, ErrAddress) {
+		if _, err := Listen(path); !errors.Is(err, ErrTaken) {
 			t.Errorf("while somebody answers there: %v", err)
 		}
 		l.Close()
 		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Listen(path); !errors.Is(err, ErrAddress) {
+		if _, err := Listen(path); !errors.Is(err, ErrTaken) {
 			t.Errorf("over a file: %v", err)
 		}
 		os.Remove(path)
 	}
-	for _, address := range []string{"0.0.0.0:0", ":9464", "[::]:1", "example.org:1", "127.0.0.1", "metrics", "10.0.0.1:9"} {
+	for _, address := range []string{"0.0.0.0:0", ":9464", "[::]:1", "example.org:1", "127.0.0.1", "metrics", "10.0.0.1:9", "127.0.0.1:70000", "localhost:no-such-service", "/" + strings.Repeat("x", 200)} {
 		if l, err := Listen(address); !errors.Is(err, ErrAddress) {
 			t.Errorf("%s: %v", address, err)
 			if l != nil {
@@ -125,5 +141,11 @@ func TestListen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.Close()
+	defer l.Close()
+	for address, want := range map[string]error{l.Addr().String(): ErrTaken, filepath.Join(path, "none", "socket"): ErrListen} {
+		_, err := Listen(address)
+		if !errors.Is(err, want) || !strings.Contains(err.Error(), "--metrics "+address) {
+			t.Errorf("%s: %v", address, err)
+		}
+	}
 }
