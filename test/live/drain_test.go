@@ -208,6 +208,9 @@ func TestDrainByHand(t *testing.T) {
 	d.Refused(2, "drain", "next", "g", "c", "--to", d.Dir)
 	d.Refused(2, "drain", "next", "g", "c", "--wait", "-1s", "--to", file(1))
 	d.Refused(2, "drain", "next", "g", "c", "--to", "-", "--json")
+	for _, verb := range []string{"next", "rm", "clear"} { // a name of dots is no way to the group
+		d.Refused(map[string]int{"next": 2, "rm": 4, "clear": 4}[verb], "drain", verb, "g", "..")
+	}
 	if text := d.Run("drain", "ls", "g", "--json"); text != "[]\n" {
 		t.Errorf("what was refused made a consumer: %s", text)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -67,5 +68,56 @@ func TestBadInput(t *testing.T) {
 	}
 	if _, err := call[Status](t.Context(), c, "GET", "/v2/x", nil); CodeOf(err) != CodeNotFound {
 		t.Errorf("unknown path: %v", err)
+	}
+}
+
+// strict is a service of which nothing may be asked but what it has.
+type strict struct {
+	Service
+	t *testing.T
+}
+
+func (s strict) Unprotect(_ context.Context, group string, _, _ bool) error {
+	if group != ".." && group != "." {
+		s.t.Errorf("group %q is unprotected", group)
+	}
+	return Wrap(CodeNotFound, errors.New(group), "")
+}
+
+func (s strict) RemoveConsumer(_ context.Context, group, consumer string, _ bool) error {
+	return Wrap(CodeUsage, errors.New(group+"/"+consumer), "")
+}
+
+// TestNamesOfDots: a name of dots is one, and never a way to another operation: that
+// of a consumer would be its group, and to remove it to unprotect the group.
+func TestNamesOfDots(t *testing.T) {
+	l := httptest.NewServer(Handler(strict{t: t}))
+	defer l.Close()
+	c := &Client{socket: l.URL}
+	c.http.Transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "tcp", l.Listener.Addr().String())
+	}}
+	for _, name := range []string{"..", "."} {
+		if err := c.RemoveConsumer(t.Context(), "db", name, true); CodeOf(err) != CodeUsage || !strings.Contains(err.Error(), "db/"+name) {
+			t.Errorf("consumer %s: %v", name, err)
+		}
+		if err := c.Unprotect(t.Context(), name, false, false); CodeOf(err) != CodeNotFound || err.Error() != name {
+			t.Errorf("group %s: %v", name, err)
+		}
+	}
+	// As somebody else's client sends it; with a client that goes where it is sent.
+	for _, path := range []string{"/v1/groups/db/consumers/..", "/v1/groups/db/consumers/../", "/v1/groups//db", "/v1/./groups/db", "/v1/groups/db/"} {
+		req, err := http.NewRequest("DELETE", l.URL+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusNotFound {
+			t.Errorf("%s: %s", path, resp.Status)
+		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strings"
 )
 
 // Client speaks to a daemon. It may be used concurrently.
@@ -28,7 +29,16 @@ func Dial(socket string) *Client {
 		},
 		DisableKeepAlives: true,
 	}
+	c.http.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse } // another operation is not what was asked for
 	return c
+}
+
+// segment is a name as a part of a path; one of dots alone would lead to another operation.
+func segment(name string) string {
+	if name == "." || name == ".." {
+		return strings.ReplaceAll(name, ".", "%2E")
+	}
+	return url.PathEscape(name)
 }
 
 // Status, Protect, Unprotect, Bookmark and VerifyLive call the Service's methods of the same names.
@@ -41,16 +51,16 @@ func (c *Client) Protect(ctx context.Context, r ProtectRequest) (Group, error) {
 }
 
 func (c *Client) Unprotect(ctx context.Context, group string, abandon, force bool) error {
-	_, err := call[struct{}](ctx, c, "DELETE", fmt.Sprintf("/v1/groups/%s?abandon=%t&force=%t", url.PathEscape(group), abandon, force), nil)
+	_, err := call[struct{}](ctx, c, "DELETE", fmt.Sprintf("/v1/groups/%s?abandon=%t&force=%t", segment(group), abandon, force), nil)
 	return err
 }
 
 func (c *Client) Bookmark(ctx context.Context, group string, r BookmarkRequest) (Bookmark, error) {
-	return call[Bookmark](ctx, c, "POST", "/v1/groups/"+url.PathEscape(group)+"/bookmarks", r)
+	return call[Bookmark](ctx, c, "POST", "/v1/groups/"+segment(group)+"/bookmarks", r)
 }
 
 func (c *Client) VerifyLive(ctx context.Context, group string) ([]LiveDisk, error) {
-	return call[[]LiveDisk](ctx, c, "POST", "/v1/groups/"+url.PathEscape(group)+"/verify", nil)
+	return call[[]LiveDisk](ctx, c, "POST", "/v1/groups/"+segment(group)+"/verify", nil)
 }
 
 var _ Service = (*Client)(nil)

@@ -3,7 +3,6 @@ package api
 import (
 	"context"
 	"net/http"
-	"net/url"
 
 	"tidemark/internal/health"
 )
@@ -121,16 +120,16 @@ func (c *Client) CreateDevice(ctx context.Context, r DeviceRequest) (Device, err
 }
 
 func (c *Client) RemoveDevice(ctx context.Context, name string) error {
-	_, err := call[struct{}](ctx, c, "DELETE", "/v1/devices/"+url.PathEscape(name), nil)
+	_, err := call[struct{}](ctx, c, "DELETE", "/v1/devices/"+segment(name), nil)
 	return err
 }
 
 func (c *Client) ResizeDevice(ctx context.Context, name string, r ResizeRequest) (Device, error) {
-	return call[Device](ctx, c, "POST", "/v1/devices/"+url.PathEscape(name)+"/resize", r)
+	return call[Device](ctx, c, "POST", "/v1/devices/"+segment(name)+"/resize", r)
 }
 
 func (c *Client) ChangeFilters(ctx context.Context, name string, r FilterRequest) (Device, error) {
-	return call[Device](ctx, c, "POST", "/v1/devices/"+url.PathEscape(name)+"/filters", r)
+	return call[Device](ctx, c, "POST", "/v1/devices/"+segment(name)+"/filters", r)
 }
 
 func (c *Client) Splice(ctx context.Context, r SpliceRequest) (Device, error) {
@@ -138,6 +137,6 @@ func (c *Client) Splice(ctx context.Context, r SpliceRequest) (Device, error) {
 }
 
 func (c *Client) Unsplice(ctx context.Context, name string) error {
-	_, err := call[struct{}](ctx, c, "DELETE", "/v1/splices/"+url.PathEscape(name), nil)
+	_, err := call[struct{}](ctx, c, "DELETE", "/v1/splices/"+segment(name), nil)
 	return err
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/url"
 	"time"
 
 	"tidemark/internal/stream"
@@ -127,10 +126,10 @@ func posted[T any](r *http.Request, do func(T) (any, error)) (any, error) {
 	return do(req)
 }
 
-func consumersOf(group string) string { return "/v1/groups/" + url.PathEscape(group) + "/consumers" }
+func consumersOf(group string) string { return "/v1/groups/" + segment(group) + "/consumers" }
 
 func consumerPath(group, consumer string) string {
-	return consumersOf(group) + "/" + url.PathEscape(consumer)
+	return consumersOf(group) + "/" + segment(consumer)
 }
 
 // The Client's methods call the Service's of the same names.
@@ -157,7 +156,7 @@ func (c *Client) DrainClear(ctx context.Context, group, consumer string, r Drain
 }
 
 func (c *Client) DrainWake(ctx context.Context, group string) error {
-	_, err := call[struct{}](ctx, c, "POST", "/v1/groups/"+url.PathEscape(group)+"/wake", nil)
+	_, err := call[struct{}](ctx, c, "POST", "/v1/groups/"+segment(group)+"/wake", nil)
 	return err
 }
 

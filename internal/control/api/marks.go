@@ -3,7 +3,6 @@ package api
 import (
 	"context"
 	"net/http"
-	"net/url"
 	"time"
 
 	"tidemark/internal/stream"
@@ -82,10 +81,10 @@ func (c *Client) Marks(ctx context.Context) ([]Mark, error) {
 }
 
 func (c *Client) CommitMark(ctx context.Context, name string) (Mark, error) {
-	return call[Mark](ctx, c, "POST", "/v1/bookmarks/"+url.PathEscape(name)+"/commit", nil)
+	return call[Mark](ctx, c, "POST", "/v1/bookmarks/"+segment(name)+"/commit", nil)
 }
 
 func (c *Client) RevokeMark(ctx context.Context, name string) error {
-	_, err := call[struct{}](ctx, c, "POST", "/v1/bookmarks/"+url.PathEscape(name)+"/revoke", nil)
+	_, err := call[struct{}](ctx, c, "POST", "/v1/bookmarks/"+segment(name)+"/revoke", nil)
 	return err
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"path"
 	"slices"
 	"time"
 )
@@ -49,10 +50,19 @@ func Handler(s Service) http.Handler {
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = w.Write(openAPI) // the client is gone if it fails
 	})
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		answer(w, nil, &Error{Code: CodeNotFound, Message: fmt.Sprintf("no operation %s %s", r.Method, r.URL.Path), Remedy: "GET /v1/openapi.json lists them."})
+	mux.HandleFunc("/", noOperation)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// The mux would send the client on to what a path with "..", "." or an empty name in it comes to, with the same method.
+		if escaped := r.URL.EscapedPath(); path.Clean(escaped) != escaped {
+			noOperation(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
 	})
-	return mux
+}
+
+func noOperation(w http.ResponseWriter, r *http.Request) {
+	answer(w, nil, &Error{Code: CodeNotFound, Message: fmt.Sprintf("no operation %s %s", r.Method, r.URL.EscapedPath()), Remedy: "GET /v1/openapi.json lists them."})
 }
 
 func postGroup(s Service, r *http.Request) (any, error) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"net/url"
 	"strconv"
 	"time"
 
@@ -120,7 +119,7 @@ func getEvents(s Service, r *http.Request) (any, error) {
 	return s.SnapshotEvents(r.Context(), r.PathValue("name"), after, time.Duration(ms)*time.Millisecond)
 }
 
-func snapshotPath(id string) string { return "/v1/snapshots/" + url.PathEscape(id) }
+func snapshotPath(id string) string { return "/v1/snapshots/" + segment(id) }
 
 // Snapshots and the rest call the Service's methods of the same names.
 func (c *Client) Snapshots(ctx context.Context) ([]Snapshot, error) {
