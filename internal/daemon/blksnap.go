@@ -3,6 +3,7 @@ package daemon
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -56,23 +57,28 @@ func (b *blksnapSystem) numbers() map[abi.Dev]string {
 	return out
 }
 
-// name finds a served device by its number, or by that of an image of it.
+// name finds a served device by its number.
 func (b *blksnapSystem) name(dev abi.Dev) (string, error) {
 	if name, ok := b.numbers()[dev]; ok {
 		return name, nil
-	}
-	for _, i := range b.devices.Snapshots() {
-		for _, d := range i.Devices {
-			if image, ok := numberOf(b.devices.ImageNode(d.Name, i.ID)); ok && image == dev {
-				return d.Name, nil
-			}
-		}
 	}
 	path, err := pathOf(dev)
 	if err != nil {
 		return "", err
 	}
 	return "", fmt.Errorf("%s: %w", path, blksnap.ErrForeign)
+}
+
+// imageOf is the name of the device that an image with a number is of, "" for none.
+func (b *blksnapSystem) imageOf(dev abi.Dev) string {
+	for _, i := range b.devices.Snapshots() {
+		for _, d := range i.Devices {
+			if image, ok := numberOf(b.devices.ImageNode(d.Name, i.ID)); ok && image == dev {
+				return d.Name
+			}
+		}
+	}
+	return ""
 }
 
 // pathOf is the kernel's node of a block device.
@@ -91,11 +97,14 @@ func pathOf(dev abi.Dev) (string, error) {
 
 // Tracked lists the devices that have, or had, a snapshot since their tracking began.
 func (b *blksnapSystem) Tracked() ([]blksnap.Tracking, error) {
-	inSnapshot, held := map[string]bool{}, map[string]bool{}
+	prepared, held := map[string]bool{}, map[string][]snapshot.DeviceInfo{}
 	for _, i := range b.devices.Snapshots() {
 		for _, d := range i.Devices {
-			inSnapshot[d.Name] = true
-			held[d.Name] = held[d.Name] || i.State != "created"
+			if i.State == "created" {
+				prepared[d.Name] = true
+			} else {
+				held[d.Name] = append(held[d.Name], d)
+			}
 		}
 	}
 	out := []blksnap.Tracking{}
@@ -108,11 +117,12 @@ func (b *blksnapSystem) Tracked() ([]blksnap.Tracking, error) {
 		b.mu.Lock()
 		asked := b.tracked[name]
 		b.mu.Unlock()
-		if !asked && !inSnapshot[name] && info.Number == 0 {
+		if !asked && !prepared[name] && len(held[name]) == 0 && info.Number == 0 {
 			continue
 		}
-		out = append(out, blksnap.Tracking{Dev: dev, BlockSize: info.BlockSize, Capacity: info.Size, Blocks: info.Blocks,
-			Generation: info.Generation, Number: info.Number, Held: held[name]})
+		t := blksnap.Tracking{Dev: dev, BlockSize: info.BlockSize, Capacity: info.Size, Blocks: info.Blocks, Held: len(held[name]) > 0}
+		t.Generation, t.Number = trackedAs(info, held[name])
+		out = append(out, t)
 	}
 	slices.SortFunc(out, func(x, y blksnap.Tracking) int { // as the kernel would list them
 		return cmp.Or(cmp.Compare(x.Dev.Major, y.Dev.Major), cmp.Compare(x.Dev.Minor, y.Dev.Minor))
@@ -120,14 +130,28 @@ func (b *blksnapSystem) Tracked() ([]blksnap.Tracking, error) {
 	return out, nil
 }
 
+// trackedAs is the generation and number that a program is told. It notes them
+// together with what it copies from an image, and nothing says which of the held
+// ones that is: so the number is that of the oldest. Where one of them is of another
+// generation than the map, which began anew since, no note of it may ever be
+// continued: then the generation is one that no map has.
+func trackedAs(newest cbt.Info, held []snapshot.DeviceInfo) (cbt.Generation, uint8) {
+	number := newest.Number
+	for _, d := range held {
+		if d.Generation != newest.Generation.String() {
+			sum := sha256.Sum256(append([]byte("held over a new beginning"), append(newest.Generation[:], newest.Number)...))
+			return cbt.Generation(sum[:16]), newest.Number
+		}
+		number = min(number, d.Number)
+	}
+	return newest.Generation, number
+}
+
 // mapOf is the change map of a tracked device.
 func (b *blksnapSystem) mapOf(dev abi.Dev) (string, *cbt.Map, error) {
 	name, err := b.name(dev)
-	if errors.Is(err, blksnap.ErrForeign) {
-		err = fmt.Errorf("%w: %v", blksnap.ErrUntracked, err)
-	}
 	if err != nil {
-		return "", nil, err
+		return "", nil, untracked(err)
 	}
 	m, err := b.devices.Changes(name)
 	if err != nil {
@@ -136,17 +160,25 @@ func (b *blksnapSystem) mapOf(dev abi.Dev) (string, *cbt.Map, error) {
 	return name, m, nil
 }
 
-func (b *blksnapSystem) Table(dev abi.Dev, p []byte, i int64) (int, error) {
+// untracked is the error for a device that is there, and not tracked; err is why
+// it has no name, nil: it has one.
+func untracked(err error) error {
+	if err == nil || errors.Is(err, blksnap.ErrNoDevice) {
+		return cmp.Or(err, blksnap.ErrUntracked)
+	}
+	return fmt.Errorf("%w: %v", blksnap.ErrUntracked, err)
+}
+
+func (b *blksnapSystem) Table(dev abi.Dev) (blksnap.Table, error) {
 	_, m, err := b.mapOf(dev)
-	if err != nil || len(p) == 0 {
-		return 0, err
+	if err != nil {
+		return nil, err
 	}
 	c, ok := m.Newest()
 	if !ok {
-		return 0, blksnap.ErrUntracked
+		return nil, blksnap.ErrUntracked
 	}
-	n, _ := c.Read(p, i) // io.EOF says no more than 0 does
-	return n, nil
+	return c, nil
 }
 
 // Untrack forgets what changed: whoever asks again begins anew. Tidemark goes on tracking.
@@ -163,9 +195,20 @@ func (b *blksnapSystem) Untrack(dev abi.Dev) error {
 }
 
 func (b *blksnapSystem) MarkDirty(dev abi.Dev, ranges []block.Range) error {
-	_, m, err := b.mapOf(dev)
+	name := b.imageOf(dev)
+	if name == "" {
+		all, err := b.Tracked()
+		if err != nil {
+			return err
+		}
+		var found error
+		if name, found = b.name(dev); found != nil || !slices.ContainsFunc(all, func(t blksnap.Tracking) bool { return t.Dev == dev }) {
+			return untracked(found)
+		}
+	}
+	m, err := b.devices.Changes(name)
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", blksnap.ErrUntracked, err)
 	}
 	all := block.Range{Len: m.Info().Size}
 	for _, r := range ranges {
@@ -185,7 +228,7 @@ func (b *blksnapSystem) Create(devs []abi.Dev) (abi.ID, error) {
 	req := snapshot.Request{Low: 512 << 20}
 	for _, dev := range devs {
 		name, err := b.name(dev)
-		if errors.Is(err, blksnap.ErrForeign) {
+		if errors.Is(err, blksnap.ErrForeign) && b.imageOf(dev) == "" {
 			b.health.Raise(health.Condition{Code: "snapshot-foreign-device", Severity: health.Warning, Subject: dev.String(),
 				Detail: "A program asked /dev/blksnap for a snapshot of " + strings.TrimSuffix(err.Error(), ": "+blksnap.ErrForeign.Error()) + ", which is not a served device.",
 				Remedy: "Put it under Tidemark: tidemark device create --backing DISK, and use what that prints in the disk's place; a device-mapper volume in use: tidemark device splice VOLUME."})
@@ -200,6 +243,7 @@ func (b *blksnapSystem) Create(devs []abi.Dev) (abi.ID, error) {
 		return abi.ID{}, snapshotError(err)
 	}
 	id, err := snapshot.ParseID(i.ID)
+	b.settleForeign()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, name := range req.Devices {
@@ -208,15 +252,40 @@ func (b *blksnapSystem) Create(devs []abi.Dev) (abi.ID, error) {
 	return abi.ID(id), err
 }
 
+// settleForeign ends the conditions of what a program asked for in vain and is served by now.
+func (b *blksnapSystem) settleForeign() {
+	if !slices.ContainsFunc(b.health.List(), func(c health.Condition) bool { return c.Code == "snapshot-foreign-device" }) {
+		return
+	}
+	for _, d := range b.devices.List() {
+		for _, path := range []string{d.Spec.Backing, d.Node} {
+			if dev, ok := numberOf(path); ok {
+				b.health.Clear("snapshot-foreign-device", dev.String())
+			}
+		}
+	}
+}
+
 func (b *blksnapSystem) Append(id abi.ID, dev abi.Dev, ranges []block.Range) error {
 	path, err := pathOf(dev)
 	if err != nil {
 		return err
 	}
+	sum := int64(0)
 	for _, r := range ranges {
 		if r.Off%diff.Align != 0 || r.Len%diff.Align != 0 {
 			return fmt.Errorf("%v: %w: whole pages of %d bytes", r, blksnap.ErrRange, diff.Align)
 		}
+		if sum < 1<<40 {
+			sum += min(r.Len, 1<<40)
+		}
+	}
+	i, err := b.devices.Snapshot(snapshot.ID(id))
+	if err != nil {
+		return snapshotError(err)
+	}
+	if sum < i.Chunk+2*diff.Align { // less than a chunk with its tables: the module wastes it too
+		return nil
 	}
 	err = b.devices.AppendStorage(snapshot.ID(id), snapshot.Storage{Path: path, Ranges: ranges})
 	if errors.Is(err, backing.ErrInUse) || errors.Is(err, serve.ErrInUse) {
@@ -265,39 +334,48 @@ func (b *blksnapSystem) Images(id abi.ID) ([]blksnap.Image, error) {
 	return out, nil
 }
 
+// Event passes over that the storage is full: what it spoils follows, device by device.
 func (b *blksnapSystem) Event(ctx context.Context, id abi.ID, after uint64) (blksnap.Event, error) {
-	events, err := b.devices.Events(ctx, snapshot.FormatID(snapshot.ID(id)), after)
-	if err != nil {
-		return blksnap.Event{}, snapshotError(err)
+	for {
+		events, err := b.devices.Events(ctx, snapshot.FormatID(snapshot.ID(id)), after)
+		if err != nil {
+			return blksnap.Event{}, snapshotError(err)
+		}
+		if len(events) == 0 {
+			return blksnap.Event{}, context.Cause(ctx)
+		}
+		for _, e := range events {
+			if e.Kind != diff.Overflow {
+				return b.eventOf(e), nil
+			}
+			after = e.Sequence
+		}
 	}
-	if len(events) == 0 {
-		return blksnap.Event{}, context.Cause(ctx)
-	}
-	e := events[0]
+}
+
+func (b *blksnapSystem) eventOf(e serve.Event) blksnap.Event {
 	out := blksnap.Event{Sequence: e.Sequence, Time: e.Time, Code: abi.EventCorrupted, Errno: syscall.EIO}
-	switch e.Kind {
-	case diff.LowSpace:
+	if e.Kind == diff.LowSpace {
 		out.Code, out.Bytes = abi.EventLowFreeSpace, e.Bytes
-	case diff.Overflow:
-		out.Errno = syscall.ENOSPC
 	}
-	device := e.Device
-	if i, err := b.devices.Snapshot(snapshot.ID(id)); err == nil && device == "" && len(i.Devices) > 0 {
-		device = i.Devices[0].Name
+	if errno := syscall.Errno(0); errors.As(e.Cause, &errno) && errno != 0 {
+		out.Errno = errno
 	}
 	for dev, name := range b.numbers() {
-		if name == device {
+		if name == e.Device {
 			out.Original = dev
 		}
 	}
-	return out, nil
+	return out
 }
+
+func (b *blksnapSystem) OnImages(f func()) { b.devices.OnImages(f) }
 
 // snapshotError translates, and keeps the text.
 func snapshotError(err error) error {
 	for _, c := range []struct{ is, as error }{{snapshot.ErrNoSuch, blksnap.ErrNoSnapshot}, {snapshot.ErrNoDevice, blksnap.ErrNoDevice}, {snapshot.ErrTaken, blksnap.ErrTaken},
 		{snapshot.ErrNotTaken, blksnap.ErrNotTaken}, {snapshot.ErrNoStorage, blksnap.ErrNoStorage}, {diff.ErrRefused, blksnap.ErrRange},
-		{serve.ErrInUse, syscall.EBUSY}} {
+		{snapshot.ErrRequest, syscall.EINVAL}, {serve.ErrRefused, syscall.EINVAL}, {serve.ErrInUse, syscall.EBUSY}} {
 		if errors.Is(err, c.is) {
 			return fmt.Errorf("%w: %w", c.as, err)
 		}

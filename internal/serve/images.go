@@ -89,6 +89,23 @@ func (s *Server) showImage(ctx context.Context, id snapshot.ID, i snapshot.Image
 	return nil
 }
 
+// OnImages has f called each time when images of snapshots were shown or taken
+// away, whoever asked for it, before that is answered. nil: nobody is told any more.
+func (s *Server) OnImages(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.seen = f
+}
+
+func (s *Server) tellOfImages() {
+	s.mu.Lock()
+	f := s.seen
+	s.mu.Unlock()
+	if f != nil {
+		f()
+	}
+}
+
 func (s *Server) imagesOffline(id string, err error) {
 	s.health.Raise(health.Condition{Code: "image-offline", Severity: health.Error, Subject: id, Detail: err.Error(),
 		Remedy: "Start the daemon again when what it names is mended, or: tidemark snapshot destroy " + id + "."})

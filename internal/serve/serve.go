@@ -84,6 +84,7 @@ type Server struct {
 
 	mu      sync.Mutex // held for a moment
 	devices map[string]*Device
+	seen    func() // told when images came or went; nil: nobody is
 }
 
 // Device is one served device. Whoever holds Server.changes may read its fields;

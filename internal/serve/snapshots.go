@@ -143,11 +143,12 @@ func (s *Server) TakeSnapshot(ctx context.Context, id snapshot.ID) error {
 	if err := s.set.Take(ctx, id); err != nil {
 		return err
 	}
-	if err := s.showImages(ctx, id); err != nil {
+	err := s.showImages(ctx, id)
+	if err != nil {
 		s.imagesOffline(snapshot.FormatID(id), err)
-		return err
 	}
-	return nil
+	s.tellOfImages()
+	return err
 }
 
 // AppendStorage gives a snapshot more difference storage.
@@ -169,6 +170,7 @@ func (s *Server) DestroySnapshot(ctx context.Context, id snapshot.ID) error {
 		return err
 	}
 	errs := []error{s.set.Destroy(id)} // its images answer with errors, so that nothing waits
+	s.tellOfImages()                   // before other devices can get their numbers
 	for _, d := range info.Devices {
 		errs = append(errs, s.endImage(ctx, imageName(d.Name, id)))
 	}

@@ -15,6 +15,7 @@ type Event struct {
 	Device string    `json:"device,omitempty"` // corrupt: whose image
 	Bytes  int64     `json:"bytes,omitempty"`  // low-space: how much more is wanted
 	Error  string    `json:"error,omitempty"`
+	Cause  error     `json:"-"` // of Error, for who branches on it
 }
 
 // eventsMax bounds what nobody fetches; the oldest goes first.
@@ -39,7 +40,7 @@ func (q *events) wake() {
 func (q *events) add(e diff.Event) {
 	out := Event{Time: time.Now(), Kind: e.Kind, Device: e.Device, Bytes: e.Bytes}
 	if e.Err != nil {
-		out.Error = e.Err.Error()
+		out.Error, out.Cause = e.Err.Error(), e.Err
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -60,16 +60,15 @@ type Event struct {
 type System interface {
 	// Tracked lists the devices whose changes are tracked.
 	Tracked() ([]Tracking, error)
-	// Table copies the newest snapshot's table of a device, a byte a block, from
-	// block i on; 0 bytes at its end. ErrNoDevice, ErrUntracked.
-	Table(dev blksnap.Dev, p []byte, i int64) (int, error)
+	// Table is the newest snapshot's of a device. ErrNoDevice, ErrUntracked.
+	Table(dev blksnap.Dev) (Table, error)
 	// Untrack forgets a device's changes.
 	Untrack(dev blksnap.Dev) error
-	// MarkDirty notes changes, all or none.
+	// MarkDirty notes changes, all or none. ErrNoDevice, ErrUntracked, ErrRange.
 	MarkDirty(dev blksnap.Dev, ranges []block.Range) error
 	// Create prepares a snapshot of one or more devices. ErrNoDevice, ErrForeign.
 	Create(devs []blksnap.Dev) (blksnap.ID, error)
-	// Append gives it ranges of a device for difference storage. ErrNoSnapshot, ErrNoDevice, ErrRange.
+	// Append gives it ranges, one at least, of a device for difference storage. ErrNoSnapshot, ErrNoDevice, ErrRange.
 	Append(id blksnap.ID, dev blksnap.Dev, ranges []block.Range) error
 	// Take returns when the images' nodes are there. ErrNoSnapshot, ErrTaken, ErrNoStorage.
 	Take(ctx context.Context, id blksnap.ID) error
@@ -82,6 +81,14 @@ type System interface {
 	// Event gives the first event of a snapshot after a number, and waits for it
 	// until ctx ends. ErrNoSnapshot, also when it is destroyed meanwhile.
 	Event(ctx context.Context, id blksnap.ID, after uint64) (Event, error)
+	// OnImages has f called when images came or went, whoever asked for it; nil: no more.
+	OnImages(f func())
+}
+
+// Table is a change map as of one snapshot, a byte a block.
+type Table interface {
+	// Read copies it from block i on; 0 bytes and io.EOF at its end.
+	Read(p []byte, i int64) (int, error)
 }
 
 // minimum is by how much difference storage is asked for at a time, bytes.
@@ -92,38 +99,64 @@ type Server struct {
 	system System
 	log    *slog.Logger
 	nodes  *nodes
+	ready  chan struct{} // closed when nodes are right, and the device may be opened
+
+	showing sync.Mutex // from what the images are to their nodes
 
 	mu    sync.Mutex
 	empty map[blksnap.ID]chan struct{} // snapshots of no device, which clients may make; closed at their end
 	read  map[blksnap.ID]uint64        // events given out, by snapshot
-	fresh map[blksnap.ID]bool          // was made here and got no storage yet; true: its maker has not been asked for any
+	made  map[blksnap.ID]*making       // what is known of the snapshots that were made here
+}
+
+// making is how a snapshot was made.
+type making struct {
+	at    time.Time // storage was asked for then
+	asked bool      // and somebody has been given that event
 }
 
 // Start serves /dev/blksnap. dev is the folder of the images' nodes, /dev but in tests.
 func Start(ctx context.Context, system System, dev string, log *slog.Logger) (*Server, *cuse.Server, error) {
 	s := New(system, dev, log)
-	if err := s.nodes.clear(); err != nil {
-		return nil, nil, err
-	}
-	s.show()
+	s.ready = make(chan struct{})
+	// First: where another daemon has the device, the nodes are its.
 	c, err := cuse.Start(ctx, cuse.Device{Name: blksnap.Control, Open: s.Open, Log: log})
 	if err != nil {
-		return nil, nil, errors.Join(err, s.Close())
+		return nil, nil, err
+	}
+	err = s.nodes.adopt()
+	if err == nil {
+		system.OnImages(s.show)
+		s.show()
+	}
+	close(s.ready)
+	if err != nil {
+		return nil, nil, errors.Join(err, c.Close(ctx))
 	}
 	return s, c, nil
 }
 
 // New gives a server without a device, whose Open may be called.
 func New(system System, dev string, log *slog.Logger) *Server {
-	return &Server{system: system, log: log, nodes: &nodes{dir: dev, made: map[string]blksnap.Dev{}}, empty: map[blksnap.ID]chan struct{}{}, read: map[blksnap.ID]uint64{},
-		fresh: map[blksnap.ID]bool{}}
+	ready := make(chan struct{})
+	close(ready)
+	return &Server{system: system, log: log, nodes: &nodes{dir: dev, made: map[string]blksnap.Dev{}}, ready: ready,
+		empty: map[blksnap.ID]chan struct{}{}, read: map[blksnap.ID]uint64{}, made: map[blksnap.ID]*making{}}
 }
 
 // Close takes the images' nodes away.
-func (s *Server) Close() error { return s.nodes.clear() }
+func (s *Server) Close() error {
+	s.system.OnImages(nil)
+	s.showing.Lock()
+	defer s.showing.Unlock()
+	return s.nodes.show(nil)
+}
 
 // Open is for cuse.Device. Descriptors have no state.
-func (s *Server) Open(cuse.Caller) (cuse.File, error) { return file{s}, nil }
+func (s *Server) Open(cuse.Caller) (cuse.File, error) {
+	<-s.ready
+	return file{s}, nil
+}
 
 type file struct{ s *Server }
 
@@ -140,8 +173,11 @@ type memory interface {
 	Write(addr uint64, b []byte) error
 }
 
-// show brings the images' nodes up to date.
+// show brings the images' nodes up to date. One at a time: who looked earlier
+// must not take away what has come since.
 func (s *Server) show() {
+	s.showing.Lock()
+	defer s.showing.Unlock()
 	var all []Image
 	for _, id := range s.system.Snapshots() {
 		images, err := s.system.Images(id)

@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"io"
 	"maps"
 	"math"
 	"slices"
 	"syscall"
+	"time"
 
 	"tidemark/internal/abi/blksnap"
 	"tidemark/internal/block"
@@ -18,6 +20,7 @@ const (
 	devicesMax = 4096
 	rangesMax  = 1 << 20
 	chunkBytes = 1 << 20 // of a change map, that are copied at a time
+	pageBytes  = 4096    // of difference storage
 )
 
 // command answers one command. Every error has an errno in it.
@@ -143,7 +146,7 @@ func (s *Server) tracking(dev blksnap.Dev) (Tracking, error) {
 	if i := slices.IndexFunc(all, func(t Tracking) bool { return t.Dev == dev }); i >= 0 {
 		return all[i], nil
 	}
-	_, err = s.system.Table(dev, nil, 0) // that there is no such device is another error
+	_, err = s.system.Table(dev) // that there is no such device is another error
 	if err == nil {
 		err = ErrUntracked
 	}
@@ -164,14 +167,19 @@ func (s *Server) readMap(arg uint64, m memory) (int32, error) {
 	case int64(in.Offset) > t.Blocks:
 		return 0, syscall.EINVAL
 	}
-	buf, done := make([]byte, min(chunkBytes, int64(in.Length))), int32(0)
-	for uint32(done) < min(in.Length, math.MaxInt32) {
-		n, err := s.system.Table(in.Dev, buf[:min(len(buf), int(in.Length)-int(done))], int64(in.Offset)+int64(done))
-		if err != nil {
-			return 0, to(err, nil)
-		}
+	table, err := s.system.Table(in.Dev) // one for all of the answer
+	if err != nil {
+		return 0, to(err, nil)
+	}
+	length := min(int64(in.Length), math.MaxInt32)
+	buf, done := make([]byte, min(chunkBytes, length)), int32(0)
+	for int64(done) < length {
+		n, err := table.Read(buf[:min(int64(len(buf)), length-int64(done))], int64(in.Offset)+int64(done))
 		if n == 0 {
-			break
+			if err == nil || errors.Is(err, io.EOF) {
+				break
+			}
+			return 0, to(err, nil)
 		}
 		if err := m.Write(in.Buffer+uint64(done), buf[:n]); err != nil {
 			return 0, syscall.ENODATA
@@ -210,6 +218,9 @@ func (s *Server) create(arg uint64, m memory) error {
 			return syscall.EINVAL
 		}
 	}
+	if err := put(m, arg, in, syscall.ENODATA); err != nil { // before anything is made: its maker would never know its name
+		return err
+	}
 	if len(devs) == 0 {
 		rand.Read(in.ID[:])
 	} else {
@@ -219,12 +230,12 @@ func (s *Server) create(arg uint64, m memory) error {
 		}
 	}
 	s.mu.Lock()
-	s.fresh[in.ID] = true
+	s.made[in.ID] = &making{at: time.Now()}
 	if len(devs) == 0 {
 		s.empty[in.ID] = make(chan struct{})
 	}
 	s.mu.Unlock()
-	if err := put(m, arg, in, syscall.ENODATA); err != nil { // its maker would never know its name
+	if err := put(m, arg, in, syscall.ENODATA); err != nil {
 		_ = s.drop(context.Background(), in.ID)
 		return err
 	}
@@ -249,6 +260,8 @@ func (s *Server) destroy(ctx context.Context, arg uint64, m memory) error {
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), takeMax) // half of it would be worse than late
+	defer cancel()
 	return to(s.drop(ctx, id), map[error]syscall.Errno{ErrNoSnapshot: syscall.ENODEV})
 }
 
@@ -272,7 +285,7 @@ func (s *Server) forget(id blksnap.ID) {
 	}
 	delete(s.empty, id)
 	delete(s.read, id)
-	delete(s.fresh, id)
+	delete(s.made, id)
 }
 
 func (s *Server) appendStorage(arg uint64, m memory) error {
@@ -287,20 +300,26 @@ func (s *Server) appendStorage(arg uint64, m memory) error {
 	if s.ended(in.ID) != nil {
 		return nil // it will never need any
 	}
+	for i := range ranges { // what is less than a page at the end of one is not used
+		ranges[i].Len -= ranges[i].Len % pageBytes
+	}
 	ranges = slices.DeleteFunc(ranges, func(r block.Range) bool { return r.Empty() })
-	if len(ranges) == 0 && slices.Contains(s.system.Snapshots(), in.ID) {
+	switch {
+	case len(ranges) > 0:
+		return to(s.system.Append(in.ID, in.Dev, ranges), nil)
+	case slices.Contains(s.system.Snapshots(), in.ID):
 		return nil
 	}
-	if err := s.system.Append(in.ID, in.Dev, ranges); err != nil {
-		return to(err, nil)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.fresh, in.ID)
-	return nil
+	return syscall.ESRCH
 }
 
+// takeMax bounds a take, which its caller cannot interrupt.
+const takeMax = time.Minute
+
 func (s *Server) take(ctx context.Context, arg uint64, m memory) error {
+	// As in the module a signal does not end it: there would be a snapshot without images.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), takeMax)
+	defer cancel()
 	id, empty, err := s.snapshotID(arg, m)
 	switch {
 	case err != nil:
@@ -311,7 +330,7 @@ func (s *Server) take(ctx context.Context, arg uint64, m memory) error {
 	err = s.system.Take(ctx, id)
 	s.show()
 	if errors.Is(err, ErrNoStorage) { // as the module does: its clients make a new one
-		_ = s.drop(context.WithoutCancel(ctx), id)
+		_ = s.drop(ctx, id)
 	}
 	return to(err, nil)
 }

@@ -18,6 +18,9 @@ func (s *Server) waitEvent(ctx context.Context, arg uint64, m memory) error {
 	if err := get(m, arg, &in, syscall.EINVAL); err != nil {
 		return err
 	}
+	if err := put(m, arg, in, syscall.EINVAL); err != nil { // while no event is lost by it
+		return err
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Duration(in.TimeoutMs)*time.Millisecond, syscall.ENOENT)
 	defer cancel()
 	e, err := s.next(ctx, in.ID)
@@ -38,13 +41,14 @@ func (s *Server) waitEvent(ctx context.Context, arg uint64, m memory) error {
 // clients append what that says, before they take the snapshot.
 func (s *Server) next(ctx context.Context, id blksnap.ID) (Event, error) {
 	s.mu.Lock()
-	fresh := s.fresh[id]
-	if fresh {
-		s.fresh[id] = false
+	made := s.made[id]
+	first := made != nil && !made.asked
+	if first {
+		made.asked = true
 	}
 	s.mu.Unlock()
-	if fresh {
-		return Event{Code: blksnap.EventLowFreeSpace, Time: time.Now(), Bytes: minimum}, nil
+	if first {
+		return Event{Code: blksnap.EventLowFreeSpace, Time: made.at, Bytes: minimum}, nil
 	}
 	if gone := s.ended(id); gone != nil {
 		select {
@@ -70,11 +74,11 @@ func (s *Server) next(ctx context.Context, id blksnap.ID) (Event, error) {
 		}
 		s.mu.Lock()
 		mine := s.read[id] < e.Sequence
-		if _, bare := s.fresh[id]; bare && e.Code == blksnap.EventLowFreeSpace {
-			s.read[id], mine = e.Sequence, false // that was asked for when it was made
-		}
 		if mine {
 			s.read[id] = e.Sequence
+		}
+		if made != nil && e.Code == blksnap.EventLowFreeSpace && !e.Time.After(made.at) {
+			mine = false // that was asked for when it was made
 		}
 		s.mu.Unlock()
 		if mine { // otherwise another waiter has it

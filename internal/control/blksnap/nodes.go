@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -66,6 +68,9 @@ func (n *nodes) show(images []Image) error {
 			continue
 		}
 		err := unix.Mknod(filepath.Join(n.dir, name), unix.S_IFBLK|0o600, int(unix.Mkdev(d.Major, d.Minor)))
+		if have, ok := n.device(name); ok && have == d { // also where others were faster
+			err = nil
+		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: mknod: %w", name, err))
 			continue
@@ -94,20 +99,42 @@ func (n *nodes) remove(name string) error {
 	return err
 }
 
-// clear takes all away, also what an earlier process left.
-func (n *nodes) clear() error {
+// adopt knows what an earlier process left as its own: an image that is still
+// there keeps its index, and show takes away the rest.
+func (n *nodes) adopt() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	entries, err := os.ReadDir(n.dir)
 	if err != nil {
 		return err
 	}
-	var errs []error
 	for _, e := range entries {
-		if number, ok := strings.CutPrefix(e.Name(), blksnap.Image); ok && e.Type()&fs.ModeDevice != 0 && strings.Trim(number, "0123456789") == "" {
-			errs = append(errs, n.remove(e.Name()))
+		text, ok := strings.CutPrefix(e.Name(), blksnap.Image)
+		number, err := strconv.ParseUint(text, 10, 32)
+		dev, isNode := n.device(e.Name())
+		if !ok || err != nil || !isNode {
+			continue
 		}
+		n.made[e.Name()] = dev
+		if number == uint64(dev.Minor) || number >= indexMax || slices.Contains(n.indexes, dev) {
+			continue
+		}
+		for uint64(len(n.indexes)) <= number {
+			n.indexes = append(n.indexes, blksnap.Dev{})
+		}
+		n.indexes[number] = dev
 	}
-	n.indexes = nil
-	return errors.Join(errs...)
+	return nil
+}
+
+// indexMax bounds what an index is taken for that was found.
+const indexMax = 1 << 16
+
+// device is the number of a node of the folder; false: it is none of a block device.
+func (n *nodes) device(name string) (blksnap.Dev, bool) {
+	var st unix.Stat_t
+	if unix.Lstat(filepath.Join(n.dir, name), &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return blksnap.Dev{}, false
+	}
+	return blksnap.Dev{Major: unix.Major(st.Rdev), Minor: unix.Minor(st.Rdev)}, true
 }

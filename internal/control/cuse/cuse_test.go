@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -183,6 +184,58 @@ func TestNames(t *testing.T) {
 	}
 	if _, err := Start(t.Context(), Device{Name: "null"}); !errors.Is(err, ErrExists) {
 		t.Errorf("/dev/null: %v", err)
+	}
+}
+
+// TestNotTheCaller: a process that does not wait in the request is not touched,
+// as where it got the number of a caller that is gone; nor is anybody after the answer.
+func TestNotTheCaller(t *testing.T) {
+	testkit.Need(t, "root")
+	other := exec.CommandContext(t.Context(), "sleep", "60")
+	if err := other.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = other.Process.Kill(); _ = other.Wait() })
+	pid := uint32(other.Process.Pid)
+	var stack uint64 // can be read and written
+	for end := time.Now().Add(time.Minute); ; {
+		maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
+		if err != nil || time.Now().After(end) {
+			t.Fatalf("%v: %s", err, maps)
+		}
+		call, _ := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", pid)) // of a moment
+		for line := range strings.Lines(string(maps)) {
+			if strings.Contains(line, "[stack]") {
+				if _, err := fmt.Sscanf(line, "%x", &stack); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); stack != 0 && string(comm) == "sleep\n" && !strings.HasPrefix(string(call), "running") {
+			break
+		}
+	}
+	b := make([]byte, 8)
+	c := &Call{Caller: Caller{PID: pid}, Cmd: cmdSum, Arg: stack}
+	if err := c.Read(stack, b); !errors.Is(err, syscall.ESRCH) {
+		t.Errorf("reading another process: %v", err)
+	}
+	if err := c.Write(stack, b); !errors.Is(err, syscall.ESRCH) {
+		t.Errorf("writing to another process: %v", err)
+	}
+	if err := (&Call{Cmd: cmdSum, Arg: stack}).Read(stack, b); !errors.Is(err, syscall.EPERM) {
+		t.Errorf("a caller without a number: %v", err)
+	}
+	c.close()
+	if err := c.Read(stack, b); !errors.Is(err, errAnswered) {
+		t.Errorf("after the answer: %v", err)
+	}
+	gone := exec.Command("true")
+	if err := gone.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if err := (&Call{Caller: Caller{PID: uint32(gone.Process.Pid)}, Cmd: cmdSum}).Read(stack, b); err == nil {
+		t.Error("a process that has ended was read")
 	}
 }
 
