@@ -43,7 +43,7 @@ func random(rng *rand.Rand) *Map {
 // TestCleanRestart: a saved map goes on, in its generation, with both tables -
 // once: the file is gone as soon as it was opened.
 func TestCleanRestart(t *testing.T) {
-	for seed := range seeds(30) {
+	for seed := range sim.Seeds(30) {
 		fsys := sim.New(seed)
 		m := random(rand.New(rand.NewPCG(seed, 3)))
 		size := m.write.Load().size
@@ -66,7 +66,7 @@ func TestCleanRestart(t *testing.T) {
 // whole map or a new generation.
 func TestCrashWhileSaving(t *testing.T) {
 	var kept, begun int
-	for seed := range seeds(20) {
+	for seed := range sim.Seeds(20) {
 		for at := 1; at <= 8; at++ {
 			for _, crash := range []bool{true, false} {
 				fsys := sim.New(seed)

@@ -5,25 +5,16 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
 
 	"tidemark/internal/block"
+	"tidemark/internal/sim"
 	"tidemark/internal/vfs"
 )
-
-// seeds is how many seeds a test tries: n, or TIDEMARK_SEEDS.
-func seeds(n int) uint64 {
-	if s, err := strconv.Atoi(os.Getenv("TIDEMARK_SEEDS")); err == nil {
-		return uint64(s)
-	}
-	return uint64(n)
-}
 
 // TestLargerAndSame compares the arithmetic on words with bytes.
 func TestLargerAndSame(t *testing.T) {
@@ -71,7 +62,7 @@ type shadow struct {
 // and compares every answer about every pair of snapshots of a generation.
 func TestModel(t *testing.T) {
 	wraps := 0
-	for seed := range seeds(20) {
+	for seed := range sim.Seeds(20) {
 		rng := rand.New(rand.NewPCG(seed, 1))
 		size := int64(1 + rng.IntN(60*4096))
 		endless := seed%5 == 0 // nothing ends its generations but the wrap

@@ -11,29 +11,16 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"testing"
 	"time"
 
 	"tidemark/internal/block"
 	"tidemark/internal/cbt"
+	"tidemark/internal/sim"
 	"tidemark/internal/stream"
 	"tidemark/internal/timeline"
 	"tidemark/internal/vault"
 )
-
-func seeds(n uint64) iter.Seq[uint64] {
-	if more, err := strconv.ParseUint(os.Getenv("TIDEMARK_SEEDS"), 10, 64); err == nil {
-		n = more
-	}
-	return func(yield func(uint64) bool) {
-		for s := range n {
-			if !yield(s) {
-				return
-			}
-		}
-	}
-}
 
 // device is a disk with its change map, and what it held at snapshots.
 type device struct {
@@ -209,7 +196,7 @@ func cutOff(ctx context.Context, r *Request, after int) context.Context {
 // Every point is what the images held, for good, after every step.
 func TestModel(t *testing.T) {
 	increments, wholes, cuts := 0, 0, 0
-	for seed := range seeds(5) {
+	for seed := range sim.Seeds(5) {
 		b := newBench(t, seed, 3<<20+512, 130<<10)
 		want := map[string][][]byte{}
 		var waiting []taken

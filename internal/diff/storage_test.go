@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"strconv"
 	"sync"
 	"testing"
 
@@ -15,14 +14,6 @@ import (
 	"tidemark/internal/sim"
 	"tidemark/internal/testkit"
 )
-
-// seeds is how many seeds a test tries: n, or TIDEMARK_SEEDS.
-func seeds(n int) uint64 {
-	if s, err := strconv.Atoi(os.Getenv("TIDEMARK_SEEDS")); err == nil {
-		return uint64(s)
-	}
-	return uint64(n)
-}
 
 func whole(t testing.TB, dev block.Device) *Linear {
 	t.Helper()
@@ -89,7 +80,7 @@ func TestLayout(t *testing.T) {
 // TestModel reserves, stores, reads and releases at random beside a shadow, over
 // several areas, some of them of many small ranges; the account is exact throughout.
 func TestModel(t *testing.T) {
-	for seed := range seeds(8) {
+	for seed := range sim.Seeds(8) {
 		rng := rand.New(rand.NewPCG(seed, 1))
 		chunk := int64(Align << rng.IntN(3))
 		var events []Event
@@ -387,7 +378,7 @@ func TestConcurrentStores(t *testing.T) {
 // TestPowerLoss: of a durable storage everything that was stored is found, and a
 // spoiled one says so, whatever the cache lost.
 func TestPowerLoss(t *testing.T) {
-	for seed := range seeds(30) {
+	for seed := range sim.Seeds(30) {
 		rng := rand.New(rand.NewPCG(seed, 5))
 		disk := sim.NewCrashDisk(seed, 1<<19)
 		if _, err := disk.WriteAt(content(rng, 1<<19), 0); err != nil { // what was there before

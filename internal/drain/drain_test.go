@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -96,12 +95,12 @@ func TestGivenBefore(t *testing.T) {
 // TestFromPoint: a consumer whose copy is a point already gets what follows it,
 // wherever in its stretch that lies.
 func TestFromPoint(t *testing.T) {
-	for seed := range seeds(6) {
+	for seed := range sim.Seeds(6) {
 		c := newReplica(t, seed, Options{})
 		c.in.more(1000)
-		all := append(slices.Clone(c.s.stretches), [2]stream.Position{c.s.state.Settled, c.s.pos})
+		all := c.s.Stretches()
 		st := all[c.r.IntN(len(all))]
-		p := st[0] + stream.Position(c.r.Int64N(int64(st[1]-st[0])+1))
+		p := st.First + stream.Position(c.r.Int64N(int64(st.Last-st.First)+1))
 		o := Options{From: Start{Position: p}}
 		for n := range c.s.segments {
 			if s, err := c.in.Open(t.Context(), uint64(n+1)); err != nil {
@@ -129,8 +128,8 @@ func TestFromPoint(t *testing.T) {
 				break
 			}
 		}
-		if now := c.g.consumers[c.name].saved; !c.right || now.at != c.s.pos {
-			t.Errorf("seed %d: from %d to %d, right %t; the stream ends at %d", seed, p, now.at, c.right, c.s.pos)
+		if now := c.g.consumers[c.name].saved; !c.right || now.at != c.s.Position {
+			t.Errorf("seed %d: from %d to %d, right %t; the stream ends at %d", seed, p, now.at, c.right, c.s.Position)
 		}
 	}
 }
@@ -139,33 +138,34 @@ func TestFromPoint(t *testing.T) {
 // cleared is right after the fill, also where blocks went back to what they were.
 func TestClearedCopyIsAhead(t *testing.T) {
 	c := newReplica(t, 1, Options{})
-	c.s.all, c.s.segments, c.s.pos, c.s.previous, c.s.state = nil, nil, 0, segment.Summary{}, segment.State{}
+	c.s = untold(1)
+	c.in.s = c.s
 	whole, first := block.Range{Len: testSizes[0]}, block.Range{Len: testBlock}
 	add := func(r stream.Record) {
 		if r.Kind.TakesPosition() {
-			c.s.pos++
+			c.s.Position++
 		}
-		c.s.add(r)
+		c.s.Add(r)
 	}
 	add(stream.Record{Kind: stream.KindGap, Position: 1, Ranges: []block.DiskRange{{Disk: 0, Range: whole}}})
-	add(stream.Record{Kind: stream.KindFill, Fill: stream.FillData, Position: 1, ValidFrom: 1, Range: whole, Payload: c.s.payload(whole.Len)})
-	c.s.state.Settled = 1
+	add(stream.Record{Kind: stream.KindFill, Fill: stream.FillData, Position: 1, ValidFrom: 1, Range: whole, Payload: c.s.Payload(whole.Len)})
+	c.s.Settled = 1
 	add(stream.Record{Kind: stream.KindSettled, Position: 1})
 	c.s.seal()
 	c.in.more(1000)
 	if more, err := c.drain(1); more || err != nil {
 		t.Fatal(more, err)
 	}
-	add(stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: 2, Range: first, Payload: c.s.payload(testBlock)})
+	add(stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: 2, Range: first, Payload: c.s.Payload(testBlock)})
 	c.s.seal()
 	c.in.more(1000)
 	if more, err := c.take(0); !more || err != nil { // it is in the copy, and not committed
 		t.Fatal(more, err)
 	}
-	c.s.state.Settled, c.s.state.GapSince = 0, 3
+	c.s.Settled, c.s.GapSince = 0, 3
 	add(stream.Record{Kind: stream.KindGap, Position: 3, Ranges: []block.DiskRange{{Disk: 0, Range: first}}})
 	add(stream.Record{Kind: stream.KindFill, Fill: stream.FillSame, Base: 1, Position: 3, ValidFrom: 3, Range: first})
-	c.s.state.Settled, c.s.state.GapSince = 3, 0
+	c.s.Settled, c.s.GapSince = 3, 0
 	add(stream.Record{Kind: stream.KindSettled, Position: 3})
 	c.s.seal()
 	c.in.more(1000)
@@ -220,8 +220,8 @@ func TestClearSkip(t *testing.T) {
 				t.Fatalf("seed %d: %v", seed, err)
 			}
 		}
-		if !c.right || c.reached != c.s.pos {
-			t.Errorf("seed %d: right %t at %d; the stream ends at %d", seed, c.right, c.reached, c.s.pos)
+		if !c.right || c.reached != c.s.Position {
+			t.Errorf("seed %d: right %t at %d; the stream ends at %d", seed, c.right, c.reached, c.s.Position)
 		}
 	}
 	if inside == 0 || outside == 0 {

@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"slices"
-	"strconv"
 	"testing"
 	"time"
 
@@ -17,17 +15,10 @@ import (
 	"tidemark/internal/stream"
 )
 
-func seeds(n uint64) uint64 {
-	if s, err := strconv.ParseUint(os.Getenv("TIDEMARK_SEEDS"), 10, 64); err == nil {
-		return s
-	}
-	return n
-}
-
 // replica is a consumer with its copy, which outlives every crash.
 type replica struct {
 	t       *testing.T
-	s       *story
+	s       *tale
 	in      *revealed
 	g       *Group
 	fs      *sim.FS
@@ -240,7 +231,7 @@ func (c *replica) restart(power bool) error {
 // what is killed when, each consistent batch leaves the copy as the stream says,
 // a batch given again is the same one, and no bookmark is lost or comes twice.
 func TestReplicas(t *testing.T) {
-	for seed := range seeds(20) {
+	for seed := range sim.Seeds(20) {
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 5))
 			s := tell(seed, 150)
@@ -271,7 +262,7 @@ func TestReplicas(t *testing.T) {
 			if !c.right {
 				t.Error("the copy is not right at the end")
 			}
-			if want := slices.DeleteFunc(slices.Clone(s.marks), func(p stream.Position) bool { return p <= c.first }); !c.dropped && !slices.Equal(want, c.marks) {
+			if want := slices.DeleteFunc(slices.Clone(s.Marks), func(p stream.Position) bool { return p <= c.first }); !c.dropped && !slices.Equal(want, c.marks) {
 				t.Errorf("bookmarks at %v, want %v", c.marks, want)
 			}
 			c.g.Close()
@@ -323,7 +314,7 @@ func (c *replica) counted() error {
 		return nil
 	}
 	newest, _ := c.in.Newest()
-	for _, r := range c.s.all {
+	for _, r := range c.s.Records {
 		if r.Kind == stream.KindWrite && r.Position > now.at && r.Position <= newest.Last && (c.disk == allDisks || c.disk == r.Disk) {
 			n -= int64(len(r.Payload))
 		}

@@ -42,7 +42,7 @@ func TestStateGolden(t *testing.T) {
 // TestStateCrashes: cut at every step of making a consumer and of its commits, it
 // is as acknowledged, or as tried; never anything else, and never damaged.
 func TestStateCrashes(t *testing.T) {
-	for seed := range seeds(20) {
+	for seed := range sim.Seeds(20) {
 		for at := 1; at < 60; at++ {
 			disk := sim.New(seed)
 			if err := errors.Join(disk.MkdirAll("/d", 0o700), disk.SyncDir("/")); err != nil {

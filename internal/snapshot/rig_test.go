@@ -3,9 +3,7 @@ package snapshot
 import (
 	"bytes"
 	"fmt"
-	"os"
 	"path/filepath"
-	"strconv"
 	"testing"
 	"time"
 
@@ -17,14 +15,6 @@ import (
 	"tidemark/internal/health"
 	"tidemark/internal/stack"
 )
-
-// seeds is how many seeds a test tries: n, or TIDEMARK_SEEDS.
-func seeds(n int) uint64 {
-	if s, err := strconv.Atoi(os.Getenv("TIDEMARK_SEEDS")); err == nil {
-		return uint64(s)
-	}
-	return uint64(n)
-}
 
 // rig is served devices as the assembly makes them, with the snapshots over them.
 type rig struct {

@@ -88,7 +88,7 @@ func TestKilledAgainAndAgain(t *testing.T) {
 		memory = m
 	}
 	rng := rand.New(rand.NewPCG(uint64(os.Getpid()), 1))
-	for range seeds(8) {
+	for range sim.Seeds(8) {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestKilledAgainAndAgain$", "-test.timeout=60s")
 		cmd.Env = append(os.Environ(), "TIDEMARK_SNAPSHOT_CHILD="+dir, "TIDEMARK_SNAPSHOT_MEMORY="+memory)
 		out, err := cmd.StdoutPipe()
@@ -179,7 +179,7 @@ func child(t *testing.T, dir string) {
 // others are declared spoiled, by name, and can be destroyed.
 func TestPowerLoss(t *testing.T) {
 	var durableKept, spoiled int
-	for seed := range seeds(12) {
+	for seed := range sim.Seeds(12) {
 		rng := rand.New(rand.NewPCG(seed, 9))
 		durable := rng.IntN(4) > 0
 		disk, store := sim.NewCrashDisk(seed, mib), sim.NewCrashDisk(seed+1000, 3*mib)

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -17,14 +15,6 @@ import (
 	"tidemark/internal/sim"
 	"tidemark/internal/stream"
 )
-
-// seeds is how many histories a test plays: TIDEMARK_SEEDS overrides it.
-func seeds(t *testing.T, n int) uint64 {
-	if v, err := strconv.Atoi(os.Getenv("TIDEMARK_SEEDS")); err == nil {
-		n = v
-	}
-	return uint64(n)
-}
 
 // attempt is a segment that was, or may have been, appended.
 type attempt struct {
@@ -229,7 +219,7 @@ func (w *world) fail(format string, args ...any) {
 
 // TestCrash plays random histories with crashes and failing operations.
 func TestCrash(t *testing.T) {
-	for seed := range seeds(t, 150) {
+	for seed := range sim.Seeds(150) {
 		w := newWorld(t, seed)
 		for range 6 {
 			w.fs.CrashAt(1 + w.r.IntN(80))

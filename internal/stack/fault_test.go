@@ -4,10 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -278,7 +276,7 @@ func TestDetachOfAStalledFilter(t *testing.T) {
 // going under load, against a shadow of every byte. The device never suffers.
 func TestChaos(t *testing.T) {
 	const workers, area = 4, 16 << 10
-	for seed := range seeds(6) {
+	for seed := range sim.Seeds(6) {
 		y := New(Config{Report: time.Hour}, &health.Set{})
 		disk := sim.NewDisk(workers * area)
 		s, err := y.Add("d", disk)
@@ -312,14 +310,6 @@ func TestChaos(t *testing.T) {
 			t.Errorf("seed %d: the device differs from what was written", seed)
 		}
 	}
-}
-
-// seeds is how many seeds a test tries: n, or TIDEMARK_SEEDS.
-func seeds(n uint64) uint64 {
-	if more, err := strconv.ParseUint(os.Getenv("TIDEMARK_SEEDS"), 10, 64); err == nil {
-		return more
-	}
-	return n
 }
 
 // write writes and reads an area at random until stop, and gives what it must hold.

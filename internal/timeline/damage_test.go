@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"io/fs"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +12,7 @@ import (
 	"testing"
 
 	"tidemark/internal/segment"
+	"tidemark/internal/sim/story"
 	"tidemark/internal/stream"
 	"tidemark/internal/vault"
 )
@@ -40,14 +40,14 @@ func newVictim(t *testing.T, seed uint64) *victim {
 	old := sizes
 	sizes = [2]int64{12 << 10, 8<<10 + 3*512}
 	t.Cleanup(func() { sizes = old })
-	s := &story{r: rand.New(rand.NewPCG(seed, 7)), clock: 1_000_000, unknown: [2]map[int64]stream.Position{{}, {}}, sectorMax: 4}
-	s.gap(stream.CauseInitial, true)
-	s.fill()
-	s.run(12)
-	s.gap(stream.CauseContinuity, true)
-	s.fill()
-	s.run(12)
-	v := &victim{written: keep(t, s, seed, 8), t: t, seed: seed, files: map[string][]byte{}}
+	s := story.New(seed)
+	s.Sizes, s.SectorMax = sizes, 4
+	s.Begin()
+	s.Run(12)
+	s.Gap(stream.CauseContinuity, true)
+	s.Fill()
+	s.Run(12)
+	v := &victim{written: kept(t, s, seed, 8), t: t, seed: seed, files: map[string][]byte{}}
 	v.dir = v.v.Dir()
 	err := filepath.WalkDir(v.dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -289,7 +289,7 @@ func forged(t *testing.T, v *victim) (out [][]byte) {
 		}
 		records = append(records, r)
 	}
-	twin := keep(t, &story{out: records}, v.seed, 8)
+	twin := keep(t, records, v.seed, 8)
 	for _, name := range v.objects() {
 		b, err := os.ReadFile(filepath.Join(twin.v.Dir(), name))
 		if err != nil {

@@ -13,6 +13,8 @@ import (
 
 	"tidemark/internal/block"
 	"tidemark/internal/segment"
+	"tidemark/internal/sim"
+	"tidemark/internal/sim/story"
 	"tidemark/internal/stream"
 )
 
@@ -85,7 +87,7 @@ func read(t testing.TB, v block.Device) []byte {
 
 // TestViewsAgainstTruth compares views at random points with the plain evaluation.
 func TestViewsAgainstTruth(t *testing.T) {
-	for seed := range seeds(40) {
+	for seed := range sim.Seeds(40) {
 		w := history(t, seed, 150)
 		h, err := Load(t.Context(), w.v, "g")
 		if err != nil || h.Damage() != nil {
@@ -225,7 +227,7 @@ func checkTimes(t *testing.T, w *written, h *History) {
 // TestFuzzy: what a fuzzy view does not name is what it would be by the letter,
 // and what it names is exactly what no fill had made known by then.
 func TestFuzzy(t *testing.T) {
-	for seed := range seeds(10) {
+	for seed := range sim.Seeds(10) {
 		w := history(t, seed, 60)
 		h, err := Load(t.Context(), w.v, "g")
 		if err != nil {
@@ -317,19 +319,19 @@ func TestLongPayloads(t *testing.T) {
 	sizes = [2]int64{600 << 10, 4096}
 	defer func() { sizes = old }()
 	whole := []block.DiskRange{{Range: block.Range{Len: sizes[0]}}, {Disk: 1, Range: block.Range{Len: sizes[1]}}}
-	s := &story{r: rand.New(rand.NewPCG(1, 7))}
+	s := story.New(1)
 	write := func(p stream.Position, off, size int64) {
-		s.add(stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: p, Range: block.Range{Off: off, Len: size}, Payload: s.payload(size)})
+		s.Add(stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: p, Range: block.Range{Off: off, Len: size}, Payload: s.Payload(size)})
 	}
-	s.add(stream.Record{Kind: stream.KindGap, Position: 1, Ranges: whole})
-	s.add(stream.Record{Kind: stream.KindFill, Fill: stream.FillData, Position: 1, ValidFrom: 1, Range: whole[0].Range, Payload: s.payload(sizes[0])})
-	s.add(zeroFill(1, 1, 1, whole[1].Range))
-	s.add(settledAt(1))
+	s.Add(stream.Record{Kind: stream.KindGap, Position: 1, Ranges: whole})
+	s.Add(stream.Record{Kind: stream.KindFill, Fill: stream.FillData, Position: 1, ValidFrom: 1, Range: whole[0].Range, Payload: s.Payload(sizes[0])})
+	s.Add(zeroFill(1, 1, 1, whole[1].Range))
+	s.Add(settledAt(1))
 	write(2, 4096, 1024)
 	write(3, 32<<10, 256<<10)
 	write(4, 200<<10, 130<<10+512)
 	write(5, 64<<10, 64<<10)
-	w, h := told(t, s.out)
+	w, h := told(t, s.Records)
 	v, err := h.View(t.Context(), 0, 5)
 	if err != nil {
 		t.Fatal(err)
@@ -337,8 +339,8 @@ func TestLongPayloads(t *testing.T) {
 	defer v.Close()
 	want := truth(w.records, 0, 5)
 	for range 300 {
-		off := s.r.Int64N(sizes[0])
-		got := make([]byte, 1+s.r.Int64N(sizes[0]-off))
+		off := s.Rand.Int64N(sizes[0])
+		got := make([]byte, 1+s.Rand.Int64N(sizes[0]-off))
 		if n, err := v.ReadAt(got, off); err != nil || n != len(got) || !bytes.Equal(got, want[off:off+int64(n)]) {
 			t.Fatalf("%d bytes from %d: %d, %v", len(got), off, n, err)
 		}

@@ -3,7 +3,6 @@ package timeline
 import (
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +12,7 @@ import (
 
 	"tidemark/internal/block"
 	"tidemark/internal/segment"
+	"tidemark/internal/sim/story"
 	"tidemark/internal/stream"
 )
 
@@ -48,7 +48,7 @@ func beginning() []stream.Record {
 // told puts records into a vault, a segment each, and loads it.
 func told(t testing.TB, records []stream.Record) (*written, *History) {
 	t.Helper()
-	w := keep(t, &story{out: records}, 1, 1)
+	w := keep(t, records, 1, 1)
 	h, err := Load(t.Context(), w.v, "g")
 	if err != nil || h.Damage() != nil {
 		t.Fatalf("%v, %v", err, h.Damage())
@@ -176,12 +176,12 @@ func TestVerifyFindsBrokenRules(t *testing.T) {
 		{"two verdicts", append(beginning(), preparedAt(2, "x"), verdictOn(2, false), verdictOn(2, true)), "a verdict on position 2, where"},
 		{"a fill where nothing is unknown", append(beginning(), writeOf(2, 1), zeroFill(0, 2, 2, wholeA)), "a fill of rank 2 where nothing is unknown"},
 	} {
-		w := keep(t, &story{out: c.records}, 1, 1)
+		w := keep(t, c.records, 1, 1)
 		if got := found(t, w); !strings.Contains(got, c.want) {
 			t.Errorf("%s: found %q, want %q", c.name, got, c.want)
 		}
 	}
-	sound := keep(t, &story{out: append(beginning(), writeOf(2, 1), writeOf(3, 2))}, 1, 1)
+	sound := keep(t, append(beginning(), writeOf(2, 1), writeOf(3, 2)), 1, 1)
 	if got := found(t, sound); got != "" {
 		t.Errorf("a sound one: %s", got)
 	}
@@ -217,7 +217,7 @@ func TestDamagedPayload(t *testing.T) {
 		return r
 	}
 	records := append(beginning(), writeOf(2, 1), at(writeOf(3, 2), 8192), writeOf(4, 3), at(writeOf(5, 4), 8192))
-	w := keep(t, &story{out: records}, 1, 1)
+	w := keep(t, records, 1, 1)
 	spoilPayload(t, w, 6, 0) // that of position 3
 	h, err := Load(t.Context(), w.v, "g")
 	if err != nil || h.Damage() != nil {
@@ -262,7 +262,7 @@ func TestDamagedPayload(t *testing.T) {
 func TestNewestSoundPoint(t *testing.T) {
 	late := writeOf(3, 2)
 	late.Range.Off = 8192
-	w := keep(t, &story{out: append(beginning(), writeOf(2, 1), late)}, 1, 1<<30)
+	w := keep(t, append(beginning(), writeOf(2, 1), late), 1, 1<<30)
 	spoilPayload(t, w, 1, 0)
 	h, err := Load(t.Context(), w.v, "g")
 	if err != nil {
@@ -282,7 +282,7 @@ func TestNewestSoundPoint(t *testing.T) {
 // TestTimeOfDamage: a time at or behind the last that is known may mean what is
 // lost, and gives no older point.
 func TestTimeOfDamage(t *testing.T) {
-	w := keep(t, &story{out: append(beginning(), writeOf(2, 1), writeOf(3, 2), writeOf(4, 3))}, 1, 1)
+	w := keep(t, append(beginning(), writeOf(2, 1), writeOf(3, 2), writeOf(4, 3)), 1, 1)
 	if err := os.Remove(objectPath(t, w, 7)); err != nil { // with position 4
 		t.Fatal(err)
 	}
@@ -302,7 +302,7 @@ func TestTimeOfDamage(t *testing.T) {
 // TestOpeningReadsNoData: where not one payload is whole the points are known
 // all the same, and a view opens.
 func TestOpeningReadsNoData(t *testing.T) {
-	w := keep(t, &story{out: append(beginning(), writeOf(2, 1), writeOf(3, 2), writeOf(4, 3))}, 1, 1)
+	w := keep(t, append(beginning(), writeOf(2, 1), writeOf(3, 2), writeOf(4, 3)), 1, 1)
 	for sequence := uint64(5); sequence <= 7; sequence++ {
 		spoilPayload(t, w, sequence, 0)
 	}
@@ -326,16 +326,16 @@ func TestOnlyTheDamagedFrame(t *testing.T) {
 	old := sizes
 	sizes[0] = 192 << 10
 	defer func() { sizes = old }()
-	s := &story{r: rand.New(rand.NewPCG(1, 7))}
+	s := story.New(1)
 	whole := block.Range{Len: sizes[0]}
-	s.out = append(s.out, gapOf(1, block.DiskRange{Range: whole}), zeroFill(0, 1, 1, whole), settledAt(1))
+	records := []stream.Record{gapOf(1, block.DiskRange{Range: whole}), zeroFill(0, 1, 1, whole), settledAt(1)}
 	for p := range stream.Position(3) {
 		r := writeOf(2+p, 0)
 		r.Range = block.Range{Off: int64(p) * segment.FrameSize, Len: segment.FrameSize}
-		r.Payload = s.payload(segment.FrameSize)
-		s.out = append(s.out, r)
+		r.Payload = s.Payload(segment.FrameSize)
+		records = append(records, r)
 	}
-	w := keep(t, s, 1, 1<<30)                // one segment
+	w := keep(t, records, 1, 1<<30)          // one segment
 	spoilPayload(t, w, 1, segment.FrameSize) // of three the second
 	if got := found(t, w); !strings.Contains(got, "disk a, bytes 65536+65536") || !strings.Contains(got, "from seq:3 to seq:4") || strings.Contains(got, "\n") {
 		t.Errorf("found: %s", got)
@@ -346,7 +346,7 @@ func TestOnlyTheDamagedFrame(t *testing.T) {
 // the gap are damaged, not merely inside it.
 func TestDamageInsideAGap(t *testing.T) {
 	records := append(beginning(), writeOf(2, 1), gapOf(3, block.DiskRange{Range: wholeA}), writeOf(4, 1), zeroFill(0, 3, 3, wholeA), settledAt(3), writeOf(5, 1))
-	w := keep(t, &story{out: records}, 1, 1)
+	w := keep(t, records, 1, 1)
 	if err := os.Truncate(objectPath(t, w, 9), 100); err != nil { // with the mark
 		t.Fatal(err)
 	}

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -21,14 +20,6 @@ import (
 	"tidemark/internal/stream"
 	"tidemark/internal/vfs"
 )
-
-// seeds is how many histories a test plays: TIDEMARK_SEEDS overrides it.
-func seeds(n uint64) uint64 {
-	if v, err := strconv.ParseUint(os.Getenv("TIDEMARK_SEEDS"), 10, 64); err == nil {
-		return v
-	}
-	return n
-}
 
 const (
 	crashVault = "/a/vault"
@@ -275,7 +266,7 @@ func (w *world) live(gone func() bool) {
 // TestCrash plays random histories with crashes of the machine, kills of the
 // process, and failing operations.
 func TestCrash(t *testing.T) {
-	for seed := range seeds(100) {
+	for seed := range sim.Seeds(100) {
 		w := newWorld(t, seed, links(seed%3))
 		for range 6 {
 			n := 1 + w.r.IntN(60)

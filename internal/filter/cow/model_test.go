@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -21,14 +19,6 @@ import (
 	"tidemark/internal/stack"
 	"tidemark/internal/testkit"
 )
-
-// seeds is how many seeds a test tries: n, or TIDEMARK_SEEDS.
-func seeds(n int) uint64 {
-	if s, err := strconv.Atoi(os.Getenv("TIDEMARK_SEEDS")); err == nil {
-		return uint64(s)
-	}
-	return uint64(n)
-}
 
 // device is one served device with a shadow of what was written to it.
 type device struct {
@@ -291,7 +281,7 @@ func whole(t *testing.T, dev block.Device, r block.Range) diff.Space {
 // private changes; every image is what the device was, byte for byte.
 func TestModel(t *testing.T) {
 	testkit.NoLeaks(t)
-	for seed := range seeds(4) {
+	for seed := range sim.Seeds(4) {
 		rng := rand.New(rand.NewPCG(seed, 77))
 		const spare = 3 << 20
 		b := newBench(t, 2, 192<<10+int64(rng.IntN(3))*512, spare)
@@ -363,7 +353,7 @@ func TestModel(t *testing.T) {
 func TestFaultsSpoilOnlyTheImage(t *testing.T) {
 	testkit.NoLeaks(t)
 	var spoiledSome, sound int
-	for seed := range seeds(6) {
+	for seed := range sim.Seeds(6) {
 		rng := rand.New(rand.NewPCG(seed, 78))
 		b := newBench(t, 2, 192<<10, 0)
 		b.shadows()

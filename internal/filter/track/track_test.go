@@ -4,9 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"math/rand/v2"
-	"os"
 	"slices"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -79,7 +77,7 @@ func TestMarks(t *testing.T) {
 // shadow of the disk, and none that no request touched; where it may not know it says so.
 func TestModel(t *testing.T) {
 	const blocks, writers = 512, 4
-	for seed := range seeds(8) {
+	for seed := range sim.Seeds(8) {
 		rng := rand.New(rand.NewPCG(seed, 5))
 		disk := sim.NewDisk(blocks * 4096)
 		m := cbt.New(disk.Size())
@@ -176,13 +174,6 @@ func change(t *testing.T, s *stack.Stack, rng *rand.Rand, bad error, touched *[5
 	for b := r.Off / 4096; b*4096 < r.End() && kind != 3; b++ {
 		touched[b].Store(true)
 	}
-}
-
-func seeds(n uint64) uint64 {
-	if more, err := strconv.ParseUint(os.Getenv("TIDEMARK_SEEDS"), 10, 64); err == nil {
-		return more
-	}
-	return n
 }
 
 // TestGenerationEnds where the map would miss something, and only there.

@@ -14,6 +14,7 @@ import (
 
 	"tidemark/internal/abi/nbd"
 	"tidemark/internal/block"
+	"tidemark/internal/sim"
 	"tidemark/internal/testkit"
 )
 
@@ -111,7 +112,7 @@ func TestContextsVoid(t *testing.T) {
 // contexts at one time, and walks the device as clients do.
 func TestStatus(t *testing.T) {
 	const size = 1 << 20
-	for seed := range seeds(5) {
+	for seed := range sim.Seeds(5) {
 		rnd := rand.New(rand.NewPCG(seed, 0))
 		disk := newMemory(size)
 		var changed block.Set
@@ -409,7 +410,7 @@ func TestReadPieces(t *testing.T) {
 	const size = 8 << 20
 	disk := newMemory(size)
 	holes := 0
-	for seed := range seeds(6) {
+	for seed := range sim.Seeds(6) {
 		rnd := rand.New(rand.NewPCG(seed, 1))
 		clear(disk.b)
 		for range 1 + rnd.IntN(250) {

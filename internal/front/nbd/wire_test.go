@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
-	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -333,12 +331,4 @@ func run(s *Server, l net.Listener) (end func() error) {
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(ctx, &Listener{Listener: l}) }()
 	return func() error { cancel(); return <-done }
-}
-
-// seeds gives n, or what TIDEMARK_SEEDS says; seeds are counted from 0.
-func seeds(n uint64) uint64 {
-	if s, err := strconv.ParseUint(os.Getenv("TIDEMARK_SEEDS"), 10, 64); err == nil {
-		return s
-	}
-	return n
 }
