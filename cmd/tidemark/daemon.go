@@ -3,13 +3,10 @@ package main
 import (
 	"context"
 	"log/slog"
-	"math/rand/v2"
 	"os"
 	"os/signal"
-	"slices"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -44,7 +41,7 @@ not end the capture: that goes on in the kernel, and the next daemon takes over.
 			signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
 			defer signal.Stop(stop)
 			return daemon.Run(context.WithoutCancel(cmd.Context()), daemon.Config{StateDir: state, Socket: *socketFlagOf(cmd), Version: version, Log: log,
-				DeviceHelper: []string{self, "device-helper"}, SpliceGuard: []string{"/proc/self/exe"}, Nodes: nodes, Stop: stop, Force: force, Compat: compat, CompatVault: compatVault, Metrics: metrics, Step: testSteps()})
+				DeviceHelper: []string{self, "device-helper"}, SpliceGuard: []string{"/proc/self/exe"}, Nodes: nodes, Stop: stop, Force: force, Compat: compat, CompatVault: compatVault, Metrics: metrics, Step: step})
 		},
 	}
 	socketFlag(cmd)
@@ -56,23 +53,4 @@ not end the capture: that goes on in the kernel, and the next daemon takes over.
 	cmd.Flags().StringVar(&compatVault, "compat-vault", "", "vault of the groups that /dev/involflt makes for disks that are in none")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "log JSON")
 	return cmd
-}
-
-// testSteps does at the steps of a mark over groups what the environment says, for
-// tests: "kill@STEP" ends the process there as kill -9 does, to see what the next
-// daemon makes of it; "slow@STEP" widens the windows in which races happen.
-func testSteps() func(string) {
-	wanted := strings.Split(os.Getenv("TIDEMARK_TEST_STEPS"), ",")
-	if wanted[0] == "" {
-		return nil
-	}
-	return func(step string) {
-		switch {
-		case slices.Contains(wanted, "kill@"+step):
-			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			select {}
-		case slices.Contains(wanted, "slow@"+step):
-			time.Sleep(rand.N(50 * time.Millisecond))
-		}
-	}
 }

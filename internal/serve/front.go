@@ -69,7 +69,7 @@ func newFronts(env *Env) map[string]front {
 	return map[string]front{
 		FrontUblk:      ublkFront{},
 		FrontNBD:       nbdFront{env.Log},
-		FrontLoop:      loopFront{env.Helper},
+		FrontLoop:      loopFront{env.Helper, loopName(env.StateDir)},
 		FrontNBDServer: nbdServer{filepath.Join(env.StateDir, "devices"), env.Log},
 	}
 }

@@ -44,8 +44,13 @@ func (s *Server) memoryFolder() string {
 	if unix.Statfs("/dev/shm", &st) != nil || st.Type != unix.TMPFS_MAGIC {
 		return ""
 	}
-	sum := sha256.Sum256([]byte(s.env.StateDir))
-	return filepath.Join("/dev/shm", "tidemark-"+hex.EncodeToString(sum[:8]))
+	return filepath.Join("/dev/shm", stateMark(s.env.StateDir))
+}
+
+// stateMark names what belongs to a state folder and lies elsewhere.
+func stateMark(state string) string {
+	sum := sha256.Sum256([]byte(state))
+	return "tidemark-" + hex.EncodeToString(sum[:8])
 }
 
 // partsOf finds a device by its name or by what device create printed.

@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -43,7 +42,7 @@ func NewDisk(t testing.TB, size int64) *Disk {
 func NewDiskOf(t testing.TB, size int64, sector int) *Disk {
 	t.Helper()
 	Need(t, "root", "loop")
-	sweep.Do(func() { sweepLeftovers(t) })
+	sweep.Do(func() { sweepLeftovers(t, orphaned); sweepDirs(OrphanedDirs()) })
 	d := &Disk{File: filepath.Join(MemoryDir(t), "disk"), Size: size}
 	f, err := os.Create(d.File)
 	if err != nil {
@@ -124,8 +123,8 @@ func orphaned(path string) bool {
 	return pid != 0 && errors.Is(unix.Kill(pid, 0), unix.ESRCH)
 }
 
-// sweepLeftovers clears what test processes that no longer live have left.
-func sweepLeftovers(t testing.TB) {
+// sweepLeftovers unmounts and detaches the loop devices of backing files that nobody needs any more.
+func sweepLeftovers(t testing.TB, orphaned func(file string) bool) {
 	devices, err := loop.List()
 	if err != nil {
 		t.Logf("looking for leftovers: %v", err)
@@ -142,7 +141,6 @@ func sweepLeftovers(t testing.TB) {
 			t.Logf("left by a test run that was killed: %v", err)
 		}
 	}
-	SweepDirs()
 }
 
 // OrphanedDirs are the folders of test processes that no longer live.
@@ -154,14 +152,15 @@ func OrphanedDirs() (orphans []string) {
 	return orphans
 }
 
-// SweepDirs removes the folders of test processes that no longer live, but for
-// those of daemons: package program ends the daemon first.
-func SweepDirs() {
-	for _, dir := range OrphanedDirs() {
-		if text, err := os.ReadFile(filepath.Join(dir, "daemon.pid")); err == nil {
-			if pid, err := strconv.Atoi(string(text)); err == nil && unix.Kill(pid, 0) == nil {
-				continue
-			}
+// DaemonPID is the file that a daemon's folder has from package program, which
+// alone knows what goes with the folder: taps, loop devices, memory.
+const DaemonPID = "daemon.pid"
+
+// sweepDirs removes orphaned folders, but for those of daemons.
+func sweepDirs(orphans []string) {
+	for _, dir := range orphans {
+		if _, err := os.Lstat(filepath.Join(dir, DaemonPID)); err == nil {
+			continue
 		}
 		os.RemoveAll(dir)
 	}

@@ -35,15 +35,10 @@ func TestSectorTellsWhatIsWrong(t *testing.T) {
 // TestLeftovers: a run that was killed with its disk mounted is cleared by the next.
 func TestLeftovers(t *testing.T) {
 	Need(t, "root", "loop", "ext4")
-	dead := exec.Command("true")
-	if err := dead.Run(); err != nil {
+	dir := filepath.Join(Dir(t), "left") // with our own process id: another test's sweep must not come first
+	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	dir := fmt.Sprintf("/dev/shm/%s%d-left", prefix, dead.Process.Pid)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
 	file := filepath.Join(dir, "disk")
 	if err := os.WriteFile(file, make([]byte, 8<<20), 0o600); err != nil {
 		t.Fatal(err)
@@ -56,7 +51,8 @@ func TestLeftovers(t *testing.T) {
 	dev.Close()
 	at := t.TempDir()
 	Run(t, "mount", dev.Path, at)
-	sweepLeftovers(t)
+	sweepLeftovers(t, func(path string) bool { return path == file })
+	sweepDirs([]string{dir})
 	if _, err := os.Stat(dir); err == nil {
 		t.Error("the folder is still there")
 	}
@@ -66,6 +62,26 @@ func TestLeftovers(t *testing.T) {
 	}
 	if info, err := loop.Status(dev.Path); err == nil && info.Backing == file {
 		t.Error("still attached")
+	}
+}
+
+// TestOrphans: the folders of processes that live are nobody else's to remove, and
+// those of daemons are not for this package: it does not know what goes with them.
+func TestOrphans(t *testing.T) {
+	dead := exec.Command("true")
+	if err := dead.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if ours, theirs := fmt.Sprint("/tmp/", prefix, os.Getpid(), "-x/disk"), fmt.Sprint("/tmp/", prefix, dead.Process.Pid, "-x/disk"); orphaned(ours) || !orphaned(theirs) || orphaned("/tmp/disk") {
+		t.Errorf("of a process that lives: %t, of one that does not: %t, of nobody: %t", orphaned(ours), orphaned(theirs), orphaned("/tmp/disk"))
+	}
+	daemons := Dir(t)
+	if err := os.WriteFile(filepath.Join(daemons, DaemonPID), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sweepDirs([]string{daemons})
+	if _, err := os.Stat(daemons); err != nil {
+		t.Errorf("nobody knows any more what went with a daemon's folder: %v", err)
 	}
 }
 

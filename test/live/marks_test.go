@@ -47,7 +47,7 @@ func newMarked(t *testing.T, rng *rand.Rand, served bool, args ...string) *marke
 	}
 	o.d = program.New(t, args...)
 	o.d.Kill()
-	o.d.Env = []string{"TIDEMARK_TEST_STEPS=slow@stood,slow@telling"}
+	o.d.Steps("slow@stood", "slow@telling")
 	o.d.Start()
 	if served {
 		backing := filepath.Join(o.d.Dir, "backing")
@@ -315,7 +315,7 @@ func TestKilledBetweenVerdicts(t *testing.T) {
 		}{{"prepared", false}, {"before-intent", false}, {"intent", true}, {"one-verdict", true}} {
 			name := "killed-at-" + step.name
 			m.d.Kill()
-			m.d.Env = []string{"TIDEMARK_TEST_STEPS=kill@" + step.name}
+			m.d.Steps("kill@" + step.name)
 			m.d.Start()
 			for _, g := range m.groups {
 				m.d.Await(g, "taken over", online)
@@ -324,7 +324,7 @@ func TestKilledBetweenVerdicts(t *testing.T) {
 				t.Fatalf("%s: the daemon was not killed", step.name)
 			}
 			m.d.Ended()
-			m.d.Env = nil
+			m.d.Steps()
 			m.d.Start()
 			if step.decided {
 				want = append(want, name)

@@ -42,7 +42,7 @@ var build = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	bin := filepath.Join(dir, "tidemark", "test-bin", fmt.Sprintf("tidemark-%d", os.Getpid()))
-	cmd := exec.Command("go", "build", "-o", bin, "./cmd/tidemark")
+	cmd := exec.Command("go", "build", "-tags", "steps", "-o", bin, "./cmd/tidemark")
 	cmd.Dir = filepath.Dir(strings.TrimSpace(string(root)))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%w: %s", err, out)
@@ -72,6 +72,7 @@ type Daemon struct {
 	ended  chan struct{}
 	bin    string
 	extras []string
+	steps  string
 
 	awaiting string // what Await waits for
 }
@@ -103,8 +104,11 @@ func (d *Daemon) Start() {
 		d.t.Fatal(err)
 	}
 	defer log.Close()
+	if err := d.note(); err != nil {
+		d.t.Fatal(err)
+	}
 	d.cmd = exec.Command(d.bin, append([]string{"daemon", "--state", d.State}, d.extras...)...)
-	d.cmd.Env, d.cmd.Stdout, d.cmd.Stderr = append(d.env(), d.Env...), log, log
+	d.cmd.Env, d.cmd.Stdout, d.cmd.Stderr = append(d.env(), append(d.Env, "TIDEMARK_TEST_STEPS="+d.steps)...), log, log
 	if err := d.cmd.Start(); err != nil {
 		d.t.Fatal(err)
 	}
@@ -122,6 +126,16 @@ func (d *Daemon) Start() {
 		_, err := d.Verb("status", "--json")
 		return err
 	})
+}
+
+// Steps has the daemon do something at its steps from its next Start on, as
+// cmd/tidemark/steps_on.go tells; none: it goes its way.
+func (d *Daemon) Steps(what ...string) {
+	d.t.Helper()
+	if os.Getenv("TIDEMARK_BIN") != "" && len(what) > 0 {
+		testkit.Lack(d.t, "steps", errors.New("TIDEMARK_BIN may name a program that was not built for tests"))
+	}
+	d.steps = strings.Join(what, ",")
 }
 
 // PID is the daemon's process id.

@@ -12,13 +12,16 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
+	"tidemark/internal/loop"
 	"tidemark/internal/testkit"
 )
 
 const (
-	pidFile = "daemon.pid"
-	pins    = "/sys/fs/bpf/tidemark"
+	pidFile    = testkit.DaemonPID
+	statesFile = "states" // the state folders that the daemons of a folder used, a line each
+	pins       = "/sys/fs/bpf/tidemark"
 )
 
 var sweep sync.Once
@@ -33,9 +36,37 @@ func (d *Daemon) cleanup() {
 		}
 	}
 	d.Kill()
-	if err := errors.Join(removePins(d.State), os.RemoveAll(memory(d.State))); err != nil {
+	if err := removeTraces(d.Dir); err != nil {
 		d.t.Error(err)
 	}
+}
+
+// note remembers a state folder that a daemon is about to use, for removeTraces.
+func (d *Daemon) note() error {
+	f, err := os.OpenFile(filepath.Join(d.Dir, statesFile), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(f, d.State)
+	return errors.Join(err, f.Close())
+}
+
+// removeTraces removes what the dead daemons of a folder left elsewhere.
+func removeTraces(dir string) error {
+	text, err := os.ReadFile(filepath.Join(dir, statesFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // none was started, or all is removed
+	}
+	for state := range strings.Lines(string(text)) {
+		err = errors.Join(err, RemoveTraces(strings.TrimSuffix(state, "\n")))
+	}
+	return err
+}
+
+// RemoveTraces removes what a dead daemon left outside of its state folder, which
+// has to be there still: taps, loop devices, what it kept in memory.
+func RemoveTraces(state string) error {
+	return errors.Join(removePins(state), detachLoops(state), os.RemoveAll(memory(state)))
 }
 
 // memory is where a daemon keeps what outlives it, and not a reboot: the folder
@@ -43,6 +74,26 @@ func (d *Daemon) cleanup() {
 func memory(state string) string {
 	sum := sha256.Sum256([]byte(state))
 	return filepath.Join("/dev/shm", "tidemark-"+hex.EncodeToString(sum[:8]))
+}
+
+// detachLoops takes away the loop devices that a daemon served. Whoever has one
+// open gets nothing but errors from it, and it goes with them.
+func detachLoops(state string) error {
+	if os.Geteuid() != 0 {
+		return nil // it can have none
+	}
+	found, err := loops(state)
+	for _, i := range found {
+		if e := loop.Detach(i.Path); !errors.Is(e, loop.ErrBusy) {
+			err = errors.Join(err, e)
+		}
+	}
+	return err
+}
+
+// loops are the loop devices of the daemons of a state folder, as internal/serve names them.
+func loops(state string) ([]loop.Info, error) {
+	return loop.Named(func(name string) bool { return strings.HasPrefix(name, filepath.Base(memory(state))+":") })
 }
 
 // removePins removes a daemon's taps, as nobody will adopt them any more.
@@ -63,16 +114,8 @@ func removePins(state string) error {
 // sweepDaemons ends daemons of test runs that no longer live and removes their taps.
 func sweepDaemons() {
 	for _, dir := range testkit.OrphanedDirs() {
-		text, _ := os.ReadFile(filepath.Join(dir, pidFile))
-		pid, _ := strconv.Atoi(string(text))
-		line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		if pid > 1 && bytes.Contains(line, []byte(dir)) {
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-		}
-		_ = removePins(filepath.Join(dir, "state"))
-		_ = os.RemoveAll(memory(filepath.Join(dir, "state")))
+		sweepDaemon(dir)
 	}
-	testkit.SweepDirs()
 	if cache, err := os.UserCacheDir(); err == nil {
 		old, _ := filepath.Glob(filepath.Join(cache, "tidemark", "test-bin", "tidemark-*"))
 		for _, bin := range old {
@@ -81,5 +124,27 @@ func sweepDaemons() {
 				_ = os.Remove(bin)
 			}
 		}
+	}
+}
+
+// sweepDaemon removes a daemon's folder and all that goes with it.
+func sweepDaemon(dir string) {
+	text, err := os.ReadFile(filepath.Join(dir, pidFile))
+	if pid, _ := strconv.Atoi(string(text)); pid > 1 {
+		end(pid, dir)
+	}
+	if err != nil || removeTraces(dir) == nil { // otherwise the next run tries again
+		_ = os.RemoveAll(dir)
+	}
+}
+
+// end kills a daemon that has dir in its command line, and waits for its end.
+func end(pid int, dir string) {
+	for deadline := time.Now().Add(dumpMax); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) // empty once it is dead
+		if !bytes.Contains(line, []byte(dir)) {
+			return
+		}
+		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
 }
