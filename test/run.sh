@@ -1,35 +1,72 @@
 #!/bin/bash
-# Every test: packages that use real disks one at a time, the others together.
-# What was skipped is counted and listed; what tests left behind fails the run.
+# Every test, in three lanes side by side, as much of them is waiting: the virtual
+# machine's guests; test/live; the other packages, of which those that use real
+# disks come one at a time. What was skipped is counted and listed; what tests left
+# behind fails the run. Of two lanes the output comes when the lane has ended.
 set -u
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/sbin:/usr/sbin
-export TIDEMARK_SKIPS=$(mktemp) TIDEMARK_RAN=$(mktemp) # RAN: what passed in the virtual machine
-trap 'rm -f "$TIDEMARK_SKIPS" "$TIDEMARK_RAN"' EXIT
+scratch=$(mktemp -d)
+export TIDEMARK_SKIPS=$scratch/skips TIDEMARK_RAN=$scratch/ran # RAN: what passed in the virtual machine
+export GORACE="atexit_sleep_ms=20 ${GORACE:-}"                  # a second, by default, for each of thousands of processes
+touch "$TIDEMARK_SKIPS" "$TIDEMARK_RAN"
 status=0
 
-# left lists what tests make in the kernel: it must be the same after them.
+# lane NAME COMMAND... runs beside all else, in a process group of its own.
+declare -A lanes
+lane() {
+	local name=$1
+	shift
+	set -m
+	"$@" >"$scratch/$name" 2>&1 </dev/null &
+	lanes[$name]=$!
+	set +m
+}
+# join waits for a lane, prints what it said and gives its exit code.
+join() {
+	wait "${lanes[$1]}"
+	local code=$?
+	unset "lanes[$1]"
+	cat "$scratch/$1"
+	return $code
+}
+finish() {
+	for pid in "${lanes[@]}"; do kill -- "-$pid" 2>/dev/null; done
+	rm -rf "$scratch"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# left lists what tests make in the kernel and in memory: it must be the same after
+# them. A loop device of a served device has the root of a file system without a place as its file.
 left() {
-	losetup --list --noheadings --output NAME,BACK-FILE 2>/dev/null | grep -E '/(tidemark-test-|tidemark-demo-|Test)' | sed 's/^/loop device /'
-	for pin in /sys/fs/bpf/tidemark/*/*; do [ -e "$pin" ] && echo "tap $pin"; done
+	losetup --list --noheadings --output NAME,BACK-FILE 2>/dev/null | grep -E '/(tidemark-test-|tidemark-demo-|Test)|[[:space:]]/$' | sed 's/^/loop device /'
+	for path in /sys/fs/bpf/tidemark/*/* /dev/shm/tidemark-*; do [ ! -e "$path" ] || echo "$path"; done
 	awk '$2 ~ /\/(tidemark-test-|tidemark-demo-|Test)/ || $1 ~ /tidemark/ {print "mount " $1 " on " $2}' /proc/mounts
 	[ ! -e /dev/mapper/control ] || dmsetup ls 2>/dev/null | grep -v '^No devices' | sed 's/^/mapping /'
 	grep -ls qemu-system-x86 /proc/[0-9]*/comm | sed 's/^/process /'
 }
 before=$(left)
 
-test -z "$(gofmt -l cmd internal bpf test)" || { echo "gofmt: $(gofmt -l cmd internal bpf test)"; status=1; }
-go vet ./... && go vet -tags guest ./test/vm/... || status=1
-test/generated.sh || status=1
-
-real=$(go list -f '{{if or (len .TestGoFiles) (len .XTestGoFiles)}}{{.ImportPath}} {{join .TestImports ","}},{{join .XTestImports ","}}{{end}}' ./... | grep tidemark/internal/testkit | cut -d' ' -f1)
 if [ "${TIDEMARK_VM:-1}" = 0 ]; then
 	echo "The virtual machine's tests are left out (TIDEMARK_VM=0); make vm runs them."
-	real=$(grep -v '^tidemark/test/vm$' <<<"$real")
+else
+	lane vm go test -count=1 -timeout 60m ./test/vm
 fi
-plain=$(go list ./... | grep -vxF "${real:-none}" | grep -v "^tidemark/test/vm$")
+
+test -z "$(gofmt -l client cmd internal bpf test)" || { echo "gofmt: $(gofmt -l client cmd internal bpf test)"; status=1; }
+go vet ./... && go vet -tags guest,steps ./cmd/tidemark ./test/vm/... || status=1
+test/generated.sh || status=1
+
+all=$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}} {{join .TestImports ","}},{{join .XTestImports ","}}{{end}}' ./... | grep -v '^tidemark/test/\(vm\|live\) ')
+real=$(grep tidemark/internal/testkit <<<"$all" | cut -d' ' -f1)
+plain=$(grep -v tidemark/internal/testkit <<<"$all" | cut -d' ' -f1)
+lane live go test -race -count=1 -timeout 60m ./test/live
 go test -race -timeout 20m $plain || status=1
-[ -z "$real" ] || go test -race -count=1 -timeout 60m -p 1 $real || status=1
+go test -race -count=1 -timeout 60m -p 1 $real || status=1
+join live || status=1
+[ -z "${lanes[vm]:-}" ] || join vm || status=1
 
 after=$(left)
 new=$(comm -13 <(sort <<<"$before") <(sort <<<"$after"))

@@ -51,6 +51,7 @@ func TestLive(t *testing.T) {
 
 func ownSocket(env *testscript.Env) error {
 	env.Setenv("TIDEMARK_SOCKET", filepath.Join(env.WorkDir, "socket"))
+	env.Setenv("GORACE", os.Getenv("GORACE")) // test/run.sh has it
 	return nil
 }
 

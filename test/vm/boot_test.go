@@ -28,6 +28,7 @@ type guest struct {
 type results struct {
 	dir     string
 	console string
+	busy    time.Duration // time of this machine's processors that the emulator took
 }
 
 // boots is how often a guest is begun that its emulator crashes (emulated).
@@ -91,7 +92,7 @@ func (g *guest) run(t testing.TB, dir, kernel, initramfs, program string) (*resu
 	}
 	begun := time.Now()
 	err := g.qemu(t.Context(), kernel, initramfs, disks, res)
-	t.Logf("%s: ran for %v", filepath.Base(kernel), time.Since(begun).Round(time.Second))
+	t.Logf("%s: ran for %v, of which its processors were busy for %v", filepath.Base(kernel), time.Since(begun).Round(time.Second), res.busy.Round(time.Second))
 	return res, err
 }
 
@@ -134,6 +135,9 @@ func (g *guest) qemu(ctx context.Context, kernel, initramfs string, disks []stri
 	runtime.LockOSThread()                                             // the signal is sent when the starting thread ends
 	defer runtime.UnlockOSThread()
 	out, err := cmd.CombinedOutput()
+	if p := cmd.ProcessState; p != nil {
+		res.busy = p.UserTime() + p.SystemTime()
+	}
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
 	}
