@@ -287,16 +287,17 @@ func TestCountDoesNotHang(t *testing.T) {
 // counted once more nor behind a commit; what is new is counted.
 func TestPendingIsRemembered(t *testing.T) {
 	c := newReplica(t, 1, Options{})
-	c.s.all, c.s.segments, c.s.pos, c.s.previous, c.s.state = nil, nil, 0, segment.Summary{}, segment.State{}
+	c.s = untold(1)
+	c.in.s = c.s
 	for n := range 8 {
-		c.s.pos++
+		c.s.Position++
 		if n == 0 {
-			c.s.add(stream.Record{Kind: stream.KindGap, Position: 1, Ranges: []block.DiskRange{{Disk: 0, Range: block.Range{Len: testSizes[0]}}}})
-			c.s.add(stream.Record{Kind: stream.KindFill, Fill: stream.FillData, Position: 1, ValidFrom: 1, Range: block.Range{Len: testSizes[0]}, Payload: c.s.payload(testSizes[0])})
-			c.s.state.Settled = 1
-			c.s.add(stream.Record{Kind: stream.KindSettled, Position: 1})
+			c.s.Add(stream.Record{Kind: stream.KindGap, Position: 1, Ranges: []block.DiskRange{{Disk: 0, Range: block.Range{Len: testSizes[0]}}}})
+			c.s.Add(stream.Record{Kind: stream.KindFill, Fill: stream.FillData, Position: 1, ValidFrom: 1, Range: block.Range{Len: testSizes[0]}, Payload: c.s.Payload(testSizes[0])})
+			c.s.Settled = 1
+			c.s.Add(stream.Record{Kind: stream.KindSettled, Position: 1})
 		} else {
-			c.s.add(stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: c.s.pos, Range: block.Range{Len: testBlock}, Payload: c.s.payload(testBlock)})
+			c.s.Add(stream.Record{Kind: stream.KindWrite, Op: block.OpWrite, Position: c.s.Position, Range: block.Range{Len: testBlock}, Payload: c.s.Payload(testBlock)})
 		}
 		c.s.seal()
 	}
@@ -314,7 +315,7 @@ func TestPendingIsRemembered(t *testing.T) {
 		return p
 	}
 	all := pending(1 << 40)
-	if want := (Pending{Batches: 6, Changes: 6, Bytes: 6 * testBlock, Covered: 6 * testBlock, Oldest: time.Unix(0, c.s.all[3].Time)}); all != want {
+	if want := (Pending{Batches: 6, Changes: 6, Bytes: 6 * testBlock, Covered: 6 * testBlock, Oldest: time.Unix(0, c.s.Records[3].Time)}); all != want {
 		t.Errorf("%+v, want %+v", all, want)
 	}
 	for range 2 {

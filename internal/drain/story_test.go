@@ -33,22 +33,27 @@ type tale struct {
 	images   map[stream.Position][2][]byte
 }
 
-// untold is a story that has not begun.
+// untold is a story that has not begun, to be told and sealed by hand.
 func untold(seed uint64) *tale {
 	s := &tale{Story: story.New(seed), builder: segment.NewBuilder(1 << 16), images: map[stream.Position][2][]byte{}}
-	s.TwoPhase, s.Told = true, func(rec *stream.Record) {
+	s.Told = func(rec *stream.Record) {
 		if err := s.builder.Append(rec); err != nil {
 			panic(err)
-		}
-		if s.Rand.IntN(15) == 0 {
-			s.seal()
 		}
 	}
 	return s
 }
 
+// tell makes a story of about n writes in segments of any length.
 func tell(seed uint64, n int) *tale {
 	s := untold(seed)
+	put := s.Told
+	s.TwoPhase, s.Told = true, func(rec *stream.Record) {
+		put(rec)
+		if s.Rand.IntN(15) == 0 {
+			s.seal()
+		}
+	}
 	s.Begin()
 	s.Run(n)
 	s.seal()
