@@ -86,7 +86,7 @@ func (s *Server) spliceable(path string) (dm.ID, error) {
 		return dm.ID{}, fmt.Errorf("%s: %w", path, err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
-		return dm.ID{}, fmt.Errorf("%w: %s is not a block device", ErrRefused, path)
+		return dm.ID{}, fmt.Errorf("%w: %s is not a block device: name a device-mapper device, as /dev/VG/LV", ErrRefused, path)
 	}
 	info, err := disk.Inspect(path)
 	if err != nil {
@@ -141,9 +141,10 @@ func (s *Server) makeSpliced(ctx context.Context, c *dm.Control, spec Spec) (d *
 	if err := s.claim(ctx, d); err != nil {
 		return nil, err
 	}
+	claim := d.claim // of a device that is not returned
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.forgotten(spec.Name), d.claim.Close())
+			err = errors.Join(err, s.forgotten(spec.Name), claim.Close())
 		}
 	}()
 	if err := s.save(record{Spec: spec}); err != nil {
