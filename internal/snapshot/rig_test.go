@@ -32,7 +32,7 @@ func newRig(t *testing.T, cfg Config, disks ...block.Device) *rig {
 	t.Cleanup(func() { _ = r.system.Close() })
 	for i, disk := range disks {
 		name := fmt.Sprint("d", i)
-		s, err := r.system.Add(name, disk)
+		s, err := r.system.Add(name, begun(t, disk))
 		if err != nil {
 			t.Fatal(err)
 		}
