@@ -301,7 +301,7 @@ func coded(err error) error {
 		{vault.ErrUnreachable, api.CodeUnreachable, ""},
 		{serve.ErrName, api.CodeUsage, "Give another --name."},
 		{serve.ErrExists, api.CodeInUse, "Give another --name."},
-		{serve.ErrInUse, api.CodeInUse, ""},
+		{serve.ErrInUse, api.CodeInUse, "End what uses it first, or name another."},
 		{serve.ErrNoFilter, api.CodeNotFound, "tidemark device filters NAME lists those that a device has."},
 		{serve.ErrSetting, api.CodeUsage, ""},
 		{serve.ErrSpoils, api.CodeRefused, ""},
@@ -318,7 +318,7 @@ func coded(err error) error {
 		{snapshot.ErrRequest, api.CodeUsage, ""},
 		{snapshot.ErrNoSuch, api.CodeNotFound, "tidemark snapshot ls lists the snapshots."},
 		{snapshot.ErrNoDevice, api.CodeNotFound, "tidemark device ls lists the devices."},
-		{snapshot.ErrTaken, api.CodeRefused, ""},
+		{snapshot.ErrTaken, api.CodeRefused, "Make another one: tidemark snapshot create."},
 		{snapshot.ErrNotTaken, api.CodeRefused, "tidemark snapshot take makes its images."},
 		{snapshot.ErrNoStorage, api.CodeRefused, "Give it some: tidemark snapshot append."},
 		{diff.ErrRefused, api.CodeRefused, ""},
@@ -331,10 +331,11 @@ func coded(err error) error {
 		{deposit.ErrChanged, api.CodeInUse, ""},
 		{serve.ErrSize, api.CodeUsage, ""},
 		{serve.ErrDamaged, api.CodeDamaged, ""},
-		{fs.ErrNotExist, api.CodeNotFound, ""},
-		{fs.ErrPermission, api.CodeRefused, ""},
+		{fs.ErrNotExist, api.CodeNotFound, "Look at the path: its folder must be there."},
+		{fs.ErrPermission, api.CodeRefused, "The daemon may not do that: look at its owner, mode and attributes (lsattr)."},
 		{syscall.ENOSPC, api.CodeRefused, "Make room there, or name another place."},
 		{protect.ErrOffline, api.CodeUnreachable, ""},
+		{syscall.EIO, api.CodeUnreachable, "The disk gives errors: look at the kernel's log, and name another one."},
 	} {
 		if errors.Is(err, c.is) {
 			return api.Wrap(c.code, err, c.remedy)

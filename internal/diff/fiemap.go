@@ -2,7 +2,6 @@ package diff
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -135,7 +134,7 @@ func extent(logical, physical, length int64, flags uint32, at, size int64) (bloc
 	skip := at - logical
 	r := block.Range{Off: physical + skip, Len: min(length-skip, size-at)}
 	if r.Off%Align != 0 || r.Len%Align != 0 {
-		return block.Range{}, errors.Join(fmt.Errorf("its extent at %d lies at %s, not aligned to %d bytes", logical, r, Align), ErrRefused)
+		return block.Range{}, fmt.Errorf("its extent at %d lies at %s, not aligned to %d bytes, as its file system has smaller blocks: name a file on another one: %w", logical, r, Align, ErrRefused)
 	}
 	return r, nil
 }

@@ -132,7 +132,7 @@ func (s *Snapshot) append(p Storage, place Place) error {
 	}
 	f, err := diff.OpenFile(p.Path, cmp.Or(p.Limit, limitDefault), s.set.whereOf(place))
 	if err != nil {
-		return err
+		return cmp.Or(s.set.named(s, p.Path), err)
 	}
 	source := len(s.manifest().Sources)
 	if err := s.change(func(m *manifest) {
@@ -182,6 +182,22 @@ func (s *Snapshot) appendDevice(p Storage, place Place) error {
 // dropSource forgets the newest source, which no area names.
 func (s *Snapshot) dropSource() error {
 	return s.change(func(m *manifest) { m.Sources = m.Sources[:len(m.Sources)-1] })
+}
+
+// named says why a file cannot be difference storage where it is that already.
+func (t *Set) named(mine *Snapshot, path string) error {
+	named := func(s *Snapshot) bool {
+		return slices.ContainsFunc(s.manifest().Sources, func(src manifestSource) bool { return src.File && src.Path == path })
+	}
+	for _, s := range t.all() {
+		if named(s) {
+			return fmt.Errorf("difference storage %s: snapshot %s has it already: name another file: %w", path, FormatID(s.id), diff.ErrRefused)
+		}
+	}
+	if named(mine) {
+		return fmt.Errorf("difference storage %s is named twice: name each file once: %w", path, diff.ErrRefused)
+	}
+	return nil
 }
 
 // apart refuses ranges of a device that hold difference storage already.
