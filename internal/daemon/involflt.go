@@ -205,15 +205,15 @@ func (b *involfltSystem) Stop(ctx context.Context, device string) error {
 	if q == nil {
 		return nil
 	}
-	group := q.m.group.Config().Name
-	consumers, err := b.s.consumers(group)
+	consumers, err := q.consumers()
 	if err == nil {
-		err = consumers.Remove(ctx, q.consumer, true)
+		err = again(consumers.Remove(ctx, q.consumer, true))
 	}
-	if err != nil && !errors.Is(err, drain.ErrNoConsumer) {
+	if err != nil && !errors.Is(err, involflt.ErrNoDevice) { // it may have been removed by other means, or its group
 		return err
 	}
-	if strings.HasPrefix(q.consumer, involfltOwn) {
+	group := q.m.group.Config().Name
+	if g, err := b.s.find(group); err == nil && g == q.m.group && strings.HasPrefix(q.consumer, involfltOwn) {
 		if err := b.s.Unprotect(ctx, group, true, true); err != nil {
 			return err
 		}

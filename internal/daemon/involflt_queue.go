@@ -48,14 +48,19 @@ func (b *involfltSystem) queue(m member, consumer string) *involfltQueue {
 // device is the path that the disk was protected by.
 func (q *involfltQueue) device() string { return q.m.config().Path }
 
-// consumers are the group's. A group that is away, or just being opened, is worth another try.
+// consumers are the group's.
 func (q *involfltQueue) consumers() (*consumers, error) {
 	c, err := q.b.s.consumers(q.m.group.Config().Name)
 	return c, again(err)
 }
 
+// again gives an error its errno: a group that is away, or just being opened, is worth
+// another try; a disk that is just being stopped is none.
 func again(err error) error {
 	var away *api.Error
+	if errors.Is(err, drain.ErrNoConsumer) || errors.As(err, &away) && away.Code == api.CodeNotFound {
+		return fmt.Errorf("%w: %w", involflt.ErrNoDevice, err)
+	}
 	if errors.Is(err, protect.ErrOffline) || errors.Is(err, drain.ErrStopped) || errors.As(err, &away) && away.Code == api.CodeUnreachable {
 		return fmt.Errorf("%w: %w", syscall.EAGAIN, err)
 	}

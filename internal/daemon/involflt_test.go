@@ -217,6 +217,18 @@ func TestInvolfltSystem(t *testing.T) {
 	if err := b.Stop(t.Context(), disk.Path); err != nil {
 		t.Error(err)
 	}
+	if q, err = b.Start(t.Context(), disk.Path, "_dev_disk"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Unprotect(t.Context(), "_dev_disk", true, true); err != nil { // by somebody else
+		t.Fatal(err)
+	}
+	if _, err := q.Pending(t.Context()); !errors.Is(err, involflt.ErrNoDevice) {
+		t.Errorf("its group is gone: %v", err)
+	}
+	if err := b.Stop(t.Context(), disk.Path); err != nil {
+		t.Error(err)
+	}
 	if left, _ := filepath.Glob(filepath.Join(state, "groups", "*")); len(left) > 0 || len(s.list()) > 0 || len(b.Kept()) > 0 {
 		t.Errorf("left: %v, %v", left, b.Kept())
 	}

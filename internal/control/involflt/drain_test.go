@@ -375,6 +375,31 @@ func TestBinding(t *testing.T) {
 	c.started("/dev/b") // unlike with the driver
 }
 
+// TestUnprotected: a disk whose group was unprotected behind the interface's back can be filtered anew;
+// the descriptors of before see that it was stopped.
+func TestUnprotected(t *testing.T) {
+	m := newSystem("/dev/a")
+	c := newClient(t, m)
+	f, q := c.started("/dev/a"), m.queues["/dev/a"]
+	q.write(1, 512)
+	id := c.mustBlock(f).Transaction
+	q.uncounted = ErrNoDevice
+	fresh := newQueue(m)
+	m.queues["/dev/a"] = fresh
+	fresh.write(9, 1024)
+	g := c.started("/dev/a")
+	if b := c.mustBlock(g); b.ChangeBytes != 1024 {
+		t.Errorf("%d bytes", b.ChangeBytes)
+	}
+	if _, err := c.block(f); err != syscall.EBUSY {
+		t.Errorf("the descriptor of before: %v", err)
+	}
+	c.is(nil, f, involflt.CommitDirtyBlocks, commitOf(id)) // has no effect
+	if n, _ := fresh.Pending(t.Context()); n.Bytes != 1024 {
+		t.Errorf("%+v", n)
+	}
+}
+
 // TestClear: numbers begin anew, what was out counts for nothing.
 func TestClear(t *testing.T) {
 	m := newSystem("/dev/a")

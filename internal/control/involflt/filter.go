@@ -3,6 +3,7 @@ package involflt
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
 	"strings"
 	"syscall"
@@ -106,7 +107,12 @@ func (f *file) start(ctx context.Context, arg uint64, m memory) error {
 
 func (s *Server) filtered(ctx context.Context, device, name string) (*disk, error) {
 	if d := s.byDevice(device); d != nil && d.name == name {
-		return d, nil
+		if _, err := d.queue.Pending(ctx); !errors.Is(err, ErrNoDevice) {
+			return d, nil
+		}
+		if err := s.drop(ctx, d); err != nil { // it was stopped by other means: it begins anew
+			return nil, err
+		}
 	} else if d != nil {
 		return nil, syscall.EINVAL
 	}

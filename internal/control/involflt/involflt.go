@@ -82,7 +82,8 @@ type Queue interface {
 	Settle(ctx context.Context) error
 	State() State
 	// Pending counts what comes after the last committed batch. With an error it is
-	// what was counted before that.
+	// what was counted before that. ErrNoDevice: the disk's changes are kept no more,
+	// though nobody has stopped it here.
 	Pending(ctx context.Context) (Pending, error)
 }
 

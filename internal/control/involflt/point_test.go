@@ -352,7 +352,7 @@ func TestWait(t *testing.T) {
 		c.is(syscall.EINVAL, f, involflt.WaitForBlocksOld, involflt.Wait{Device: named("/dev/x"), Seconds: 1})
 		c.is(syscall.ETIMEDOUT, c.open(), involflt.WaitForBlocksOld, involflt.Wait{Device: named("/dev/b"), Seconds: 1})
 		d, err = wait(t.Context(), 65, func() { c.is(nil, c.open(), involflt.StopFiltering, named("/dev/a")) })
-		is("the disk's end", err, d, syscall.EBUSY, time.Second)
+		is("the disk's end", err, d, syscall.EBUSY, time.Second+time.Millisecond)
 		c.is(syscall.EBUSY, f, involflt.WaitForBlocks, involflt.Wait{Device: named("/dev/a"), Seconds: 1})
 		c.is(syscall.EINVAL, c.open(), involflt.WaitForBlocks, involflt.Wait{Device: named("/dev/a"), Seconds: 1})
 	})

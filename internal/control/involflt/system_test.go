@@ -57,7 +57,15 @@ func (s *memSystem) Same(a, b string) bool {
 	return plain(a) == plain(b)
 }
 
+// Stop ends the queue's waits long before it has ended itself.
 func (s *memSystem) Stop(_ context.Context, device string) error {
+	if q := s.queues[device]; q != nil {
+		q.mu.Lock()
+		close(q.end)
+		q.end = make(chan struct{})
+		q.mu.Unlock()
+		time.Sleep(time.Millisecond)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.changed++
@@ -164,13 +172,14 @@ type memQueue struct {
 	known     involflt.Stamp
 	resync    Resync
 	more      chan struct{} // closed when something is added
+	end       chan struct{} // closed when it is stopped
 	settled   int
 	uncounted error // Pending's
 	late      bool  // something becomes known right after Next has found nothing
 }
 
 func newQueue(s *memSystem) *memQueue {
-	return &memQueue{s: s, order: involflt.OrderData, more: make(chan struct{})}
+	return &memQueue{s: s, order: involflt.OrderData, more: make(chan struct{}), end: make(chan struct{})}
 }
 
 func (q *memQueue) add(e entry) {
@@ -247,13 +256,15 @@ func (q *memQueue) Commit(_ context.Context, number, resync uint64) error {
 func (q *memQueue) Wait(ctx context.Context, bytes int64) error {
 	for {
 		q.mu.Lock()
-		more := q.more
+		more, end := q.more, q.end
 		q.mu.Unlock()
 		if p, _ := q.Pending(ctx); p.Bytes >= bytes {
 			return nil
 		}
 		select {
 		case <-more:
+		case <-end:
+			return errors.New("there is no such queue any more")
 		case <-ctx.Done():
 			return ctx.Err()
 		}

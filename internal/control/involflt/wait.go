@@ -68,6 +68,9 @@ func (d *disk) wait(ctx context.Context, seconds int32) error {
 		cancel()
 		<-enough
 	}
+	if err != nil && ctx.Err() == nil && d.busy.enter(ctx) == nil { // the queue has come to an end: it may just be stopped
+		d.busy.leave()
+	}
 	switch {
 	case d.stopped.Load():
 		return syscall.EBUSY
