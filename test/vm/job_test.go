@@ -99,6 +99,7 @@ mkdir -p /dev/shm /dev/pts /run
 mount -t tmpfs shm /dev/shm
 mount -t devpts pts /dev/pts
 mount -t tmpfs run /run
+mkdir /run/lock
 mount -t bpf bpf /sys/fs/bpf
 mount -t tracefs trace /sys/kernel/tracing
 [ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
