@@ -105,7 +105,7 @@ func guestFirstWrites(b *testing.B, chunk int) {
 	theirs := mapped(b, "bench-origin", fmt.Sprintf("0 %d linear %s 0\n", guestBytes/512, plainLoop(b, "origin")))
 	store := plainLoop(b, "store")
 	// One write of 4 KiB to a chunk, every one once, in order, and not too many.
-	count := min(guestBytes>>10/chunk, 2048)
+	count := min(guestBytes>>10/chunk, 512)
 	pass := []string{"--bs=4k", "--iodepth=1", fmt.Sprintf("--rw=write:%dk", chunk-4), fmt.Sprintf("--io_size=%dk", count*4)}
 	if chunk == 4 {
 		pass[2] = "--rw=write"
