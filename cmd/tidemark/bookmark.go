@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -93,6 +94,9 @@ func (b *bookmarking) run(ctx context.Context, cmd *cobra.Command, args []string
 	if err := stream.CheckBookmarkName(name); err != nil {
 		return usageError{err}
 	}
+	if err := b.noGroup(ctx, client, name); err != nil {
+		return err
+	}
 	if len(groups) == 1 && !b.prepare && b.barrier != "held" {
 		m, err := client.Bookmark(ctx, groups[0], api.BookmarkRequest{Name: name, Consistency: consistency})
 		return b.show(out, m, err, func() {
@@ -105,6 +109,19 @@ func (b *bookmarking) run(ctx context.Context, cmd *cobra.Command, args []string
 	}
 	m, err := client.MarkGroups(ctx, req)
 	return b.show(out, m, err, func() { printMark(out, m) })
+}
+
+// noGroup refuses a name that is a group's: a list of groups whose name was
+// forgotten would put a bookmark of that name into all of them but the last.
+func (b *bookmarking) noGroup(ctx context.Context, client *api.Client, name string) error {
+	status, err := client.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if slices.ContainsFunc(status.Groups, func(g api.Group) bool { return g.Name == name }) {
+		return usageError{fmt.Errorf("NAME is missing: %q is a group\n  Remedy: give the bookmark's name after the groups; it may not be called as one of them", name)}
+	}
+	return nil
 }
 
 // check holds arguments and flags against one another.
