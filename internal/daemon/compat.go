@@ -59,7 +59,7 @@ func (s *service) startCompat(ctx context.Context, cfg *Config) (stop func()) {
 			if errors.Is(err, cuse.ErrExists) {
 				remedy = "Unload the kernel module that has it, or end the other daemon, and start this one again."
 			}
-			s.health.Raise(health.Condition{Code: "compat-unavailable", Severity: health.Error, Subject: "/dev/" + name, Detail: "The control device cannot be had: " + err.Error() + ".", Remedy: remedy})
+			s.health.Raise(health.Condition{Code: "compat-unavailable", Severity: health.Error, Subject: "/dev/" + name, Detail: "The control device /dev/" + name + " cannot be had: " + err.Error() + ".", Remedy: remedy})
 			continue
 		}
 		s.env.Log.Info("answering programs written for another system", "device", "/dev/"+name)

@@ -254,7 +254,7 @@ func coded(err error) error {
 		{drain.ErrExists, api.CodeInUse, "Give another name, or the options that it was made with."},
 		{drain.ErrPending, api.CodeRefused, "Drain it first, or give --force."},
 		{drain.ErrState, api.CodeDamaged, ""},
-		{drain.ErrStopped, api.CodeUnreachable, ""},
+		{drain.ErrStopped, api.CodeUnreachable, "The group is being unprotected, or the daemon ends: tidemark status tells."},
 		{timeline.ErrInsideGap, api.CodeInsideGap, ""},
 		{timeline.ErrNoPoint, api.CodeNotFound, "tidemark points lists the points."},
 		{protect.ErrInsideGap, api.CodeInsideGap, "tidemark status shows how far the gap is filled."},

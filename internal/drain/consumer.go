@@ -94,7 +94,7 @@ func (c *consumer) behind(ctx context.Context, number uint64) (*state, error) {
 		return nil, err
 	}
 	if number < c.saved.number || number > c.newest() {
-		return nil, &CommitError{c.name, number, c.saved.number, max(c.newest(), c.noted)}
+		return nil, &CommitError{c.name, number, c.saved.number, max(c.newest(), c.noted), c.saved.leapt}
 	}
 	return &c.given[number-c.saved.number-1], nil
 }
@@ -130,7 +130,7 @@ func (c *consumer) commit(ctx context.Context, in Source, number uint64) error {
 	switch {
 	case c.gone.Load():
 		return ErrStopped
-	case number == c.saved.number && number > 0:
+	case number == c.saved.number && number > 0 && !c.saved.leapt:
 		return nil // again: the answer to the first may have been lost
 	}
 	if in != nil {
@@ -140,7 +140,7 @@ func (c *consumer) commit(ctx context.Context, in Source, number uint64) error {
 		}
 	}
 	if number <= c.saved.number || number > c.newest() {
-		return &CommitError{c.name, number, c.saved.number, c.newest()}
+		return &CommitError{c.name, number, c.saved.number, c.newest(), c.saved.leapt}
 	}
 	n := number - c.saved.number
 	if err := c.file.save(&c.given[n-1]); err != nil {
@@ -175,7 +175,7 @@ func (c *consumer) clear(in Source, skip bool) error {
 		st.asked, st.mixed = true, newest.Last
 	}
 	// Beyond what was ever given, also by a daemon that a power cut made forget it.
-	st.number = max(c.newest(), c.noted) + outstandingMax + 1
+	st.number, st.leapt = max(c.newest(), c.noted)+outstandingMax+1, true
 	if err := c.file.save(&st); err != nil {
 		return fmt.Errorf("consumer %s: clear: %w", c.name, err)
 	}

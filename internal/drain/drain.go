@@ -63,9 +63,13 @@ type CommitError struct {
 	Consumer         string
 	Number           uint64
 	Committed, Given uint64 // newest of each
+	Cleared          bool   // Committed is of no batch: what was pending was cleared
 }
 
 func (e *CommitError) Error() string {
+	if e.Committed == e.Given && e.Cleared {
+		return fmt.Sprintf("consumer %s: commit of batch %d, and what was pending was cleared: the next batch is %d, which next has not given yet", e.Consumer, e.Number, e.Committed+1)
+	}
 	if e.Committed == e.Given {
 		return fmt.Sprintf("consumer %s: commit of batch %d, and batch %d is the newest committed one: next has given none since", e.Consumer, e.Number, e.Committed)
 	}

@@ -172,6 +172,18 @@ func TestClearedCopyIsAhead(t *testing.T) {
 	if err := c.clear(false); err != nil {
 		t.Fatal(err)
 	}
+	leapt := c.g.consumers["c"].saved.number
+	for range 2 {
+		for _, n := range []uint64{1, leapt, leapt + 1} {
+			var wrong *CommitError
+			if err := c.g.Commit(t.Context(), "c", n); !errors.As(err, &wrong) || !strings.Contains(err.Error(), "cleared") || !strings.Contains(err.Error(), fmt.Sprint("next batch is ", leapt+1)) {
+				t.Errorf("commit of %d after a clear to %d: %v", n, leapt, err)
+			}
+		}
+		if err := c.restart(false); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if _, err := c.drain(1000); err != nil || !c.right || c.reached != 3 {
 		t.Errorf("right %t at %d: %v", c.right, c.reached, err)
 	}

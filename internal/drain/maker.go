@@ -234,7 +234,7 @@ func (m *maker) header(k batch.Kind, st *state) batch.Header {
 
 // end finishes a batch; right: with it the copy is what the source was at st.at.
 func (b *made) end(st state, right bool) *made {
-	st.number++
+	st.number, st.leapt = st.number+1, false
 	b.after = st
 	b.header.To, b.header.Time, b.header.Consistent = st.at, st.time, right
 	return b

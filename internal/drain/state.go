@@ -37,6 +37,7 @@ type state struct {
 	off   int64           // ... and offset to go on at
 	told  uint64          // filling: the segment whose ranges are told next; 0: of place
 	asked bool            // filling: because it was cleared
+	leapt bool            // number is that of no batch: it was cleared, and has committed none since
 	mixed stream.Position // filling: the copy may have content of up to it, of batches that are not committed
 }
 
@@ -65,7 +66,7 @@ func (v *state) encode(turn uint64) []byte {
 	b := make([]byte, 0, slotSize)
 	b = append(b, slotMagic...)
 	b = le.AppendUint32(b, slotFormat)
-	b = append(b, byte(v.stage), flag(v.ranges)|flag(v.asked)<<1, 0, 0)
+	b = append(b, byte(v.stage), flag(v.ranges)|flag(v.asked)<<1|flag(v.leapt)<<2, 0, 0)
 	b = le.AppendUint64(b, turn)
 	b = append(b, v.group[:]...)
 	b = le.AppendUint64(b, v.number)
@@ -91,7 +92,7 @@ func decode(b []byte) (v state, turn uint64, ok bool) {
 		crc32.Checksum(b[:slotSize-4], castagnoli) != le.Uint32(b[slotSize-4:]) {
 		return v, 0, false
 	}
-	v.stage, v.ranges, v.asked = stage(b[12]), b[13]&1 != 0, b[13]&2 != 0
+	v.stage, v.ranges, v.asked, v.leapt = stage(b[12]), b[13]&1 != 0, b[13]&2 != 0, b[13]&4 != 0
 	turn = le.Uint64(b[16:])
 	copy(v.group[:], b[24:])
 	v.number = le.Uint64(b[40:])
