@@ -33,7 +33,21 @@ func TestUnitFile(t *testing.T) {
 	if err != nil || verb.Name() != "daemon" {
 		t.Fatalf("ExecStart runs %q: %v", words, err)
 	}
-	if err := verb.ParseFlags(rest); err != nil {
+	if rest[len(rest)-1] != "$TIDEMARK_FLAGS" || settings["EnvironmentFile"] != "-/etc/default/tidemark" {
+		t.Errorf("ExecStart %q, EnvironmentFile %s: its flags cannot be set", rest, settings["EnvironmentFile"])
+	}
+	guide, err := os.ReadFile("../../docs/operating.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, where := range [][]byte{text, guide} { // the example of more flags
+		_, more, ok := strings.Cut(string(where), "TIDEMARK_FLAGS=")
+		more = more[:max(0, strings.IndexAny(more, "`\n"))]
+		if err := verb.ParseFlags(strings.Fields(more)); !ok || err != nil {
+			t.Errorf("more flags %q: %v", more, err)
+		}
+	}
+	if err := verb.ParseFlags(rest[:len(rest)-1]); err != nil {
 		t.Errorf("ExecStart: %v", err)
 	}
 	// The state folder is the one that doctor looks in when it is told of none, and systemd makes it.

@@ -453,12 +453,15 @@ func TestWait(t *testing.T) {
 		}
 		break
 	}
-	forever := wait(t.Context(), 1<<40)
-	again := wait(t.Context(), 1<<40)
+	c.in.more(1000)
+	if more, err := c.drain(1000); more || err != nil { // with no bookmark left, which would end them
+		t.Fatal(more, err)
+	}
+	forever := wait(t.Context(), 0)
 	for done := false; !done; {
 		select {
 		case r := <-forever:
-			if r.err != nil || !r.woken && !r.p.Bookmark {
+			if r.err != nil || !r.woken || r.p.Batches != 0 {
 				t.Errorf("woken: %+v", r)
 			}
 			done = true
@@ -466,8 +469,9 @@ func TestWait(t *testing.T) {
 			c.g.Wake() // it may not wait yet
 		}
 	}
+	again := wait(t.Context(), 1<<40)
 	c.g.Close()
-	if r := <-again; !errors.Is(r.err, ErrStopped) && !r.woken && !r.p.Bookmark {
+	if r := <-again; !errors.Is(r.err, ErrStopped) {
 		t.Errorf("closed: %+v", r)
 	}
 	if err := c.open(); err != nil {

@@ -223,6 +223,20 @@ func TestDrainByHand(t *testing.T) {
 	d.Run("drain", "commit", "g", "c", "1")
 	d.Refused(12, "drain", "next", "g", "c")
 	d.Refused(12, "drain", "wait", "g", "c", "--timeout", "10ms")
+	waits, ended := d.Background("drain", "wait", "g", "c", "--timeout", "2m"), make(chan error)
+	go func() { ended <- waits.Wait() }()
+	program.Eventually(t, patience, "it is woken", func() error {
+		d.Run("drain", "wait", "g", "--wake")
+		select {
+		case err := <-ended:
+			if err != nil {
+				t.Errorf("a wait that is woken ends with %v", err)
+			}
+			return nil
+		default:
+			return program.ErrNotYet
+		}
+	})
 
 	f, buf := open(t, disk.Path, unix.O_DIRECT), aligned(t, 64<<10)
 	testkit.Fill(buf, 0, mib, 1)
