@@ -14,8 +14,8 @@ import (
 	"tidemark/internal/testkit/program"
 )
 
-// TestMarkOverFileSystems: a consistent bookmark over two groups finds both file
-// systems frozen together, each clean by itself and both of one instant; where the
+// TestMarkOverFileSystems: a consistent bookmark over two groups, in one phase or two,
+// finds both file systems frozen together, each clean by itself and both of one instant; where the
 // hooks of one fail there is a bookmark in none.
 func TestMarkOverFileSystems(t *testing.T) {
 	testkit.Need(t, "root", "tap", "loop", "ext4")
@@ -50,6 +50,15 @@ func TestMarkOverFileSystems(t *testing.T) {
 		})
 		d.Run("bookmark", "ga", "gb", string(rune('a'+k)), "--consistency", consistency)
 	}
+	d.Run("bookmark", "--prepare", "ga", "gb", "c", "--consistency", "filesystem") // they go on before its verdict
+	at := n.Load()
+	program.Eventually(t, patience, "the counter goes on", func() error {
+		if n.Load() < at+2 {
+			return program.ErrNotYet
+		}
+		return nil
+	})
+	d.Run("bookmark", "--commit", "c")
 	if err := os.WriteFile(fails, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +67,7 @@ func TestMarkOverFileSystems(t *testing.T) {
 	}
 	count()
 	for _, calls := range []func() string{firstCalls, secondCalls} {
-		if got := calls(); strings.Count(got, "freeze") != 3 || strings.Count(got, "thaw") != 3 {
+		if got := calls(); strings.Count(got, "freeze") != 4 || strings.Count(got, "thaw") != 4 {
 			t.Errorf("hooks: %s", got)
 		}
 	}
@@ -72,11 +81,11 @@ func TestMarkOverFileSystems(t *testing.T) {
 				names = append(names, p.Bookmark)
 			}
 		}
-		if !slices.Equal(names, []string{"a", "b"}) {
+		if !slices.Equal(names, []string{"a", "b", "c"}) {
 			t.Errorf("group %s offers %q", g, names)
 		}
 	}
-	for _, name := range []string{"a", "b"} {
+	for _, name := range []string{"a", "b", "c"} {
 		var have [2]uint64
 		for i, g := range []string{"ga", "gb"} {
 			c := &copied{t, "ext4", d.Restored(g, "", name)}
