@@ -19,6 +19,7 @@ type job struct {
 	skip    string        // pattern of go test -skip; empty: none
 	bench   string        // pattern of go test -bench; empty: tests are run
 	count   int           // how often they are run (TIDEMARK_VM_COUNT); 0: once
+	env     string        // NAME=VALUE for its tests; empty: none
 	timeout time.Duration // of its tests together, in the guest
 
 	binary, out, root string
@@ -113,8 +114,8 @@ busybox ip link set lo up
 		if j.bench != "" {
 			what = fmt.Sprintf("-test.run='^$' -test.benchtime=1x -test.bench=%s", quote(j.bench))
 		}
-		fmt.Fprintf(&b, "cd %s && timeout -s QUIT -k 10 %d %s -test.timeout=%v %s >/results/%s.out 2>&1\necho $? >/results/%[6]s.exit\n",
-			quote(filepath.Join(j.root, j.pkg)), int(j.timeout.Seconds())+10, quote(j.binary), j.timeout, what, j.out)
+		fmt.Fprintf(&b, "cd %s && env %s timeout -s QUIT -k 10 %d %s -test.timeout=%v %s >/results/%s.out 2>&1\necho $? >/results/%[7]s.exit\n",
+			quote(filepath.Join(j.root, j.pkg)), j.env, int(j.timeout.Seconds())+10, quote(j.binary), j.timeout, what, j.out)
 	}
 	b.WriteString("dmesg | grep -E 'BUG|WARNING|Call Trace' >/results/kernel-complaints\ntouch /results/finished\nsync\necho o >/proc/sysrq-trigger\nsleep 60\n")
 	return b.String()
