@@ -216,12 +216,25 @@ func (b *blksnapSystem) MarkDirty(dev abi.Dev, ranges []block.Range) error {
 			return fmt.Errorf("%v of a device of %d bytes: %w", r, all.Len, blksnap.ErrRange)
 		}
 	}
-	for _, r := range ranges {
+	for _, r := range merged(ranges) {
 		if err := m.MarkDirty(r); err != nil {
 			return fmt.Errorf("%w: %w", blksnap.ErrRange, err)
 		}
 	}
 	return nil
+}
+
+// merged puts ranges that overlap or touch together: a million of them may each be
+// of the whole device.
+func merged(ranges []block.Range) (out []block.Range) {
+	for _, r := range slices.SortedFunc(slices.Values(ranges), func(a, b block.Range) int { return cmp.Compare(a.Off, b.Off) }) {
+		if n := len(out); n > 0 && r.Off <= out[n-1].End() {
+			out[n-1].Len = max(out[n-1].End(), r.End()) - out[n-1].Off
+			continue
+		}
+		out = append(out, r)
+	}
+	return out
 }
 
 func (b *blksnapSystem) Create(devs []abi.Dev) (abi.ID, error) {

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -58,6 +59,17 @@ func TestTrackedAs(t *testing.T) {
 		t.Error("asked twice it is another one")
 	}
 	is("the old ones are gone", held(third), m.Info().Generation, 1)
+}
+
+// TestMerged: the same bytes, each once.
+func TestMerged(t *testing.T) {
+	got := merged([]block.Range{{Off: 8, Len: 4}, {Off: 100, Len: 1}, {Off: 0, Len: 4}, {Off: 9, Len: 1}, {Off: 4, Len: 2}, {Off: 10, Len: 10}, {Off: 8, Len: 4}})
+	if want := []block.Range{{Off: 0, Len: 6}, {Off: 8, Len: 12}, {Off: 100, Len: 1}}; !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+	if got := merged(nil); len(got) != 0 {
+		t.Errorf("of nothing: %v", got)
+	}
 }
 
 // TestBlksnapSystem: what /dev/blksnap commands, on devices and images that have

@@ -1,7 +1,9 @@
 package diff
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"sort"
 
 	"tidemark/internal/block"
@@ -21,21 +23,21 @@ type Linear struct {
 func NewLinear(dev block.Device, ranges []block.Range) (*Linear, error) {
 	l := &Linear{dev: dev, ranges: ranges}
 	l.fua, _ = dev.(block.FUAWriter)
-	var seen block.Set
 	for _, r := range ranges {
-		before := seen.Bytes()
-		seen.Add(r)
-		switch {
-		case r.Off%Align != 0 || r.Len%Align != 0 || r.Empty():
+		if r.Off%Align != 0 || r.Len%Align != 0 || r.Empty() {
 			return nil, fmt.Errorf("range %s is not aligned to %d bytes: %w", r, Align, ErrRefused)
-		case seen.Bytes() != before+r.Len:
-			return nil, fmt.Errorf("range %s overlaps another one: %w", r, ErrRefused)
 		}
 		if err := block.CheckBounds(r, dev.Size()); err != nil {
 			return nil, fmt.Errorf("%w: %w", err, ErrRefused)
 		}
 		l.starts = append(l.starts, l.size)
 		l.size += r.Len
+	}
+	sorted := slices.SortedFunc(slices.Values(ranges), func(a, b block.Range) int { return cmp.Compare(a.Off, b.Off) })
+	for i := 1; i < len(sorted); i++ {
+		if sorted[i-1].Overlaps(sorted[i]) {
+			return nil, fmt.Errorf("range %s overlaps another one: %w", sorted[i], ErrRefused)
+		}
 	}
 	return l, nil
 }

@@ -213,6 +213,8 @@ func TestRefusals(t *testing.T) {
 		"not aligned":    {{Off: 512, Len: 8192}},
 		"an odd length":  {{Off: 0, Len: 8191}},
 		"overlapping":    {{Off: 0, Len: 8192}, {Off: 4096, Len: 4096}},
+		"in it, before":  {{Off: 65536, Len: 4096}, {Off: 8192, Len: 4096}, {Off: 0, Len: 16384}},
+		"twice":          {{Off: 4096, Len: 4096}, {Off: 65536, Len: 4096}, {Off: 4096, Len: 4096}},
 		"beyond the end": {{Off: 1<<20 - 4096, Len: 8192}},
 		"empty":          {{Off: 4096}},
 	} {
@@ -228,6 +230,29 @@ func TestRefusals(t *testing.T) {
 	s := storage(t, Config{Chunk: 65536})
 	if err := s.Append(whole(t, sim.NewDisk(65536))); !errors.Is(err, ErrRefused) {
 		t.Errorf("too small: %v", err)
+	}
+}
+
+// large is a device that has nothing but a size.
+type large struct{ block.Device }
+
+func (large) Size() int64 { return 1 << 50 }
+
+// TestManyRanges: a client of /dev/blksnap may give a million, in the worst order,
+// and nobody can take another snapshot meanwhile: it must not take n times n.
+func TestManyRanges(t *testing.T) {
+	const n = 1 << 18
+	var ranges []block.Range
+	for i := int64(n); i > 0; i-- {
+		ranges = append(ranges, block.Range{Off: i * 2 * Align, Len: Align})
+	}
+	l, err := NewLinear(large{}, ranges)
+	if err != nil || l.Size() != n*Align {
+		t.Fatalf("%v, %v", l, err)
+	}
+	ranges[n/2].Off = ranges[0].Off
+	if _, err := NewLinear(large{}, ranges); !errors.Is(err, ErrRefused) {
+		t.Errorf("two are the same: %v", err)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"sort"
 
 	"tidemark/internal/block"
 	"tidemark/internal/diff"
@@ -206,16 +207,16 @@ func (t *Set) apart(mine *Snapshot, place Place, ranges []block.Range) error {
 	if !slices.Contains(all, mine) {
 		all = append(all, mine)
 	}
+	sorted := slices.SortedFunc(slices.Values(ranges), func(a, b block.Range) int { return cmp.Compare(a.Off, b.Off) })
 	for _, s := range all {
 		for _, src := range s.manifest().Sources {
 			if (place.Name == "" || src.Disk != place.Name) && (place.On == "" || src.On != place.On) {
 				continue
 			}
 			for _, have := range src.Extents {
-				for _, r := range ranges {
-					if r.Overlaps(have) {
-						return fmt.Errorf("%s of it hold difference storage of snapshot %s: %w", have, FormatID(s.id), diff.ErrRefused)
-					}
+				i := sort.Search(len(sorted), func(i int) bool { return sorted[i].End() > have.Off })
+				if i < len(sorted) && sorted[i].Overlaps(have) {
+					return fmt.Errorf("%s of it hold difference storage of snapshot %s: %w", have, FormatID(s.id), diff.ErrRefused)
 				}
 			}
 		}
