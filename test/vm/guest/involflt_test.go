@@ -21,16 +21,18 @@ import (
 
 const involfltHeaders = "../../../internal/abi/involflt/testdata"
 
-// drainer is a client that replicates a disk; lines are what it prints.
+// drainer is a client that replicates disks; lines are what it prints.
 type drainer struct {
 	t     *testing.T
 	cmd   *exec.Cmd
 	lines chan string
+	had   []string // what both was given
 }
 
-func replicate(t *testing.T, client, dev, replica string) *drainer {
+// replicate starts one with pairs of disks and their copies.
+func replicate(t *testing.T, client string, pairs ...string) *drainer {
 	t.Helper()
-	d := &drainer{t: t, cmd: exec.CommandContext(t.Context(), client, "replicate", dev, replica), lines: make(chan string, 100)}
+	d := &drainer{t: t, cmd: exec.CommandContext(t.Context(), client, append([]string{"replicate"}, pairs...)...), lines: make(chan string, 100)}
 	out, err := d.cmd.StdoutPipe()
 	if err == nil {
 		err = d.cmd.Start()
@@ -79,31 +81,34 @@ func (d *drainer) kill() {
 }
 
 // TestInvolflt: a client in C walks through every command, right and wrong; one
-// that is killed while it waits is let go; nothing is left of what was stopped.
+// outlives the daemon; one that is killed while it waits is let go; nothing is left of
+// what was stopped.
 func TestInvolflt(t *testing.T) {
 	testkit.Need(t, "cuse", "tap", "ext4")
-	client := compiled(t, "involflt", involfltHeaders)
+	client, walk := compiled(t, "involflt", involfltHeaders), compiled(t, "involflt_walk", involfltHeaders)
 	d := program.New(t, "--compat", "involflt,blksnap", "--compat-vault", filepath.Join(testkit.Dir(t), "vault"))
 	other := testkit.NewDisk(t, 16<<20)
 	testkit.Run(t, "mkfs.ext4", "-q", other.Path)
 	testkit.Mount(t, other.Path)
 	walked := testkit.NewDisk(t, 8<<20)
-	if out, err := exec.CommandContext(t.Context(), client, "walk", walked.Path, other.Path).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), walk, walked.Path, other.Path).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s\n%s", err, out, d.Log())
 	}
 	if text := d.Run("status"); strings.Contains(text, filepath.Base(walked.Path)) {
 		t.Errorf("the group of a disk that was stopped is left: %s", text)
 	}
 
+	outlived(t, d, client, walked.Path)
 	waiting := exec.Command(client, "wait", walked.Path)
 	if err := waiting.Start(); err != nil {
 		t.Fatal(err)
 	}
-	program.Eventually(t, time.Minute, "the disk is filtered", func() error {
-		if text := d.Run("status"); !strings.Contains(text, filepath.Base(walked.Path)) {
-			return errors.New(text)
+	program.Eventually(t, time.Minute, "it waits", func() error { // in the ioctl
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", waiting.Process.Pid))
+		if err == nil && !strings.Contains(string(text), "0x4084fe42") {
+			err = errors.New(string(text))
 		}
-		return nil
+		return err
 	})
 	if err := waiting.Process.Kill(); err != nil {
 		t.Fatal(err)
@@ -121,6 +126,37 @@ func TestInvolflt(t *testing.T) {
 	d.Stop()
 	if _, err := os.Lstat("/dev/involflt"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the device is left: %v", err)
+	}
+}
+
+// outlived has the daemon killed under a client, which says what it met.
+func outlived(t *testing.T, d *program.Daemon, client, dev string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), client, "outlive", dev)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	said := bufio.NewScanner(out)
+	if !said.Scan() || said.Text() != "ready" {
+		t.Fatalf("it says %q: %v\n%s", said.Text(), cmd.Wait(), d.Log())
+	}
+	d.Restart()
+	if _, err := in.Write([]byte("\n")); err != nil {
+		t.Error(err)
+	}
+	for said.Scan() {
+		t.Error(said.Text())
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Fatalf("%v\n%s", err, d.Log())
 	}
 }
 

@@ -1,79 +1,20 @@
 /* A client of /dev/involflt, in C:
  *
- *   involflt walk DEV OTHER          every command, right and wrong; DEV may be filtered, OTHER has a file system that is mounted
- *   involflt replicate DEV COPY      drains DEV into COPY; prints "tag NAME HASH" at each tag, HASH being of COPY then, and
- *                                    "copies" when everything that was there has come; ends with the tag "end"; outlives the daemon.
- *                                    A tag that was not committed comes again, and is printed again
- *   involflt point DEV NAME          freezes DEV, prints "tag NAME HASH" of DEV, tags, thaws, commits; each with a descriptor of its own
- *   involflt tag DEV NAME            tags all disks at once, and prints that of DEV
+ *   involflt replicate {DEV COPY}... drains each DEV into its COPY, in threads of one process; prints "tag NAME DEV NUMBER HASH" at each
+ *                                    tag, NUMBER being the first of COPY then and HASH of all of it, and "copies DEV" when everything
+ *                                    that was there has come; ends with the tag "end"; outlives the daemon. A tag that was not
+ *                                    committed comes again, and is printed again
+ *   involflt point DEV NAME          freezes DEV, prints that line of DEV, tags, thaws, commits; each with a descriptor of its own
+ *   involflt tag DEV NAME            tags all disks at once, and prints that line of DEV
+ *   involflt prepare DEV NAME        tags DEV, and gives no verdict
+ *   involflt barrier DEV NAME        has all writes of DEV held, tags all disks, lets go, commits; prints "tag NAME DEV NUMBER"
+ *   involflt lapse                   has them held until the time is over
+ *   involflt outlive DEV             prints "ready" and has the daemon killed and started before it gets a line
  *   involflt wait DEV                waits for a minute
- *   involflt stop DEV                filters it no more */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <pthread.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
-#include "involflt.h"
-
-static int bad;
-
-#define CHECK(what)                                                                                     \
-	do {                                                                                            \
-		if (!(what)) {                                                                          \
-			printf("line %d: %s (errno %d %s)\n", __LINE__, #what, errno, strerror(errno)); \
-			fflush(stdout);                                                                 \
-			bad = 1;                                                                        \
-		}                                                                                       \
-	} while (0)
-#define MUST(what)               \
-	do {                     \
-		CHECK(what);     \
-		if (bad)         \
-			exit(1); \
-	} while (0)
-#define FAILS(call, with)               \
-	do {                            \
-		errno = 0;              \
-		CHECK((call) == -1);    \
-		CHECK(errno == (with)); \
-	} while (0)
-
-static const char guid[] = "3f2504e0-4f89-11d3-9a0c-0305e82c3301";
-
-static int control(void)
-{
-	int fd = open("/dev/involflt", O_RDWR | O_CLOEXEC);
-	MUST(fd >= 0);
-	return fd;
-}
-
-/* once opens, sends one command and closes, as the tools do. */
-static int once(unsigned long cmd, void *arg)
-{
-	int fd = control(), r = ioctl(fd, cmd, arg), e = errno;
-	close(fd);
-	errno = e;
-	return r;
-}
-
-static int filter(int fd, const char *dev)
-{
-	inm_dev_info_t i = { .d_type = 2, .d_bsize = 512 };
-	strcpy(i.d_guid, dev);
-	strcpy(i.d_pname, dev);
-	for (char *c = i.d_pname; *c; c++)
-		if (*c == '/')
-			*c = '_';
-	return ioctl(fd, IOCTL_INMAGE_START_FILTERING_DEVICE_V2, &i);
-}
+ *   involflt stop DEV                filters it no more
+ *
+ * The exit code is 2 where a disk cannot be tagged just now. */
+#include "involflt_client.h"
 
 static uint64_t hash(const char *path)
 {
@@ -92,18 +33,40 @@ static uint64_t hash(const char *path)
 	return h;
 }
 
-/* what the drainer knows of the blocks that it has had */
-struct drained {
+/* number is what a disk begins with. */
+static uint64_t number(const char *path)
+{
+	uint64_t n, *b = aligned_alloc(4096, 4096);
+	int fd = open(path, O_RDONLY | O_DIRECT);
+	MUST(b && fd >= 0 && pread(fd, b, 4096, 0) == 4096);
+	close(fd);
+	n = *b;
+	free(b);
+	return n;
+}
+
+/* print tells of a tag, and what a disk or its copy is then. */
+static void print(const void *name, int length, const char *dev, const char *of)
+{
+	unsigned long long n = number(of), h = hash(of);
+	printf("tag %.*s %s %llu %016llx\n", length, (const char *)name, dev, n, h);
+	fflush(stdout);
+}
+
+/* what a drainer knows of the blocks that it has had */
+struct drain {
+	const char *dev, *copy;
 	uint64_t time, seq; /* end of the last one */
 	int out;
 	int told, ended;
+	pthread_t thread;
 };
 
 static uint32_t u32(const unsigned char *b) { uint32_t v; memcpy(&v, b, 4); return v; }
 static uint64_t u64(const unsigned char *b) { uint64_t v; memcpy(&v, b, 8); return v; }
 
 /* apply writes a stream into the copy. */
-static void apply(struct drained *d, UDIRTY_BLOCK_V2 *b)
+static void apply(struct drain *d, UDIRTY_BLOCK_V2 *b)
 {
 	char name[1792] = "";
 	MUST(b->uTagList.DataFile.usLength < sizeof(name));
@@ -135,7 +98,7 @@ static void apply(struct drained *d, UDIRTY_BLOCK_V2 *b)
 }
 
 /* tagged prints a tag and what the copy is then. */
-static void tagged(struct drained *d, UDIRTY_BLOCK_V2 *b, const char *copy)
+static void tagged(struct drain *d, UDIRTY_BLOCK_V2 *b)
 {
 	unsigned char *t = (void *)&b->uTagList;
 	MUST(u32(t) == 0x04000001 && u64(t + 16) == u64(t + 40) && u64(t + 24) == u64(t + 48) && u32(t + 60) == 2);
@@ -144,8 +107,7 @@ static void tagged(struct drained *d, UDIRTY_BLOCK_V2 *b, const char *copy)
 	MUST((u32(t) & 0xffff) == 5);
 	int n = t[4] | t[5] << 8;
 	fsync(d->out);
-	printf("tag %.*s %016llx\n", n, t + 6, (unsigned long long)hash(copy));
-	fflush(stdout);
+	print(t + 6, n, d->dev, d->copy);
 	d->ended = n == 3 && !memcmp(t + 6, "end", 3);
 }
 
@@ -164,11 +126,11 @@ static int commit(int fd, const UDIRTY_BLOCK_V2 *b)
 }
 
 /* step hands one block over. -1: the daemon has gone, or errno says what is wrong. */
-static int step(struct drained *d, int fd, const char *dev, const char *copy)
+static int step(struct drain *d, int fd)
 {
 	WAIT_FOR_DB_NOTIFY w = { .Seconds = 1 };
 	UDIRTY_BLOCK_V2 b;
-	strcpy(w.VolumeGUID, dev);
+	strcpy(w.VolumeGUID, d->dev);
 	if (ioctl(fd, IOCTL_INMAGE_WAIT_FOR_DB_V2, &w) && errno != ETIMEDOUT && errno != EAGAIN)
 		return -1;
 	memset(&b, 0xaa, sizeof(b));
@@ -182,7 +144,7 @@ static int step(struct drained *d, int fd, const char *dev, const char *copy)
 	MUST(!(f & (UDIRTY_BLOCK_FLAG_SVD_STREAM | UDIRTY_BLOCK_FLAG_VOLUME_RESYNC_REQUIRED)));
 	if (order == 3 && !d->told) {
 		d->told = 1;
-		printf("copies\n");
+		printf("copies %s\n", d->dev);
 		fflush(stdout);
 	}
 	if (f & UDIRTY_BLOCK_FLAG_DATA_FILE)
@@ -190,7 +152,7 @@ static int step(struct drained *d, int fd, const char *dev, const char *copy)
 	else if (f & UDIRTY_BLOCK_FLAG_TSO_FILE)
 		MUST(b.uHdr.Hdr.cChanges == 0);
 	else if (b.uHdr.Hdr.cChanges == 0)
-		tagged(d, &b, copy);
+		tagged(d, &b);
 	else
 		MUST(order == 2); /* ranges: copies of them will follow */
 	return commit(fd, &b);
@@ -201,49 +163,115 @@ static int away(void)
 	return errno == ENOTCONN || errno == ECONNABORTED || errno == ENOENT || errno == ENXIO || errno == ENODEV;
 }
 
-static int replicate(const char *dev, const char *copy)
+/* leases has this process be the drainer and the service, of which there is one each. */
+static int leases(void)
 {
-	struct drained d = { .out = open(copy, O_RDWR) };
-	MUST(d.out >= 0);
-	while (!d.ended) {
-		int fd[3] = { -1, -1, -1 }; /* drainer, lease of drainers, lease of the service */
-		uint32_t flags = 3;
-		for (int i = 0; i < 3; i++) {
-			while ((fd[i] = open("/dev/involflt", O_RDWR | O_CLOEXEC)) < 0) {
-				MUST(away());
-				usleep(10000);
-			}
+	static pthread_mutex_t one = PTHREAD_MUTEX_INITIALIZER;
+	static int lease[2] = { -1, -1 };
+	const unsigned long commands[] = { IOCTL_INMAGE_PROCESS_START_NOTIFY, IOCTL_INMAGE_SERVICE_SHUTDOWN_NOTIFY };
+	DRIVER_VERSION v;
+	uint32_t flags = 3;
+	int r = 0, e = 0;
+	pthread_mutex_lock(&one);
+	if (lease[0] < 0 || ioctl(lease[0], IOCTL_INMAGE_GET_DRIVER_VERSION, &v)) {
+		for (int i = 0; i < 2; i++) {
+			close(lease[i]);
+			lease[i] = open("/dev/involflt", O_RDWR | O_CLOEXEC);
+			if (lease[i] < 0 || ioctl(lease[i], commands[i], &flags))
+				r = -1, e = errno;
 		}
-		d.time = d.seq = 0; /* what was a part of a larger batch comes again from that one's beginning */
-		if (ioctl(fd[2], IOCTL_INMAGE_SERVICE_SHUTDOWN_NOTIFY, &flags) || ioctl(fd[1], IOCTL_INMAGE_PROCESS_START_NOTIFY, &flags) || filter(fd[0], dev))
+	}
+	if (r) {
+		close(lease[0]);
+		lease[0] = -1;
+	}
+	pthread_mutex_unlock(&one);
+	errno = e;
+	return r;
+}
+
+static void *drains(void *p)
+{
+	struct drain *d = p;
+	MUST((d->out = open(d->copy, O_RDWR)) >= 0);
+	while (!d->ended) {
+		int fd = open("/dev/involflt", O_RDWR | O_CLOEXEC);
+		d->time = d->seq = 0; /* what was a part of a larger batch comes again from that one's beginning */
+		if (fd < 0 || leases() || filter(fd, d->dev)) {
 			MUST(away());
+			usleep(10000);
+		}
 		else
-			while (!d.ended)
-				if (step(&d, fd[0], dev, copy)) {
+			while (!d->ended)
+				if (step(d, fd)) {
 					MUST(away());
 					break;
 				}
-		for (int i = 0; i < 3; i++)
-			close(fd[i]);
+		close(fd);
 	}
-	return fsync(d.out) || bad;
+	MUST(!fsync(d->out));
+	return NULL;
+}
+
+static int replicate(int n, char **pairs)
+{
+	struct drain d[8] = { 0 };
+	MUST(n % 2 == 0 && n <= 16);
+	for (int i = 0; i < n / 2; i++) {
+		d[i].dev = pairs[2 * i], d[i].copy = pairs[2 * i + 1];
+		MUST(!pthread_create(&d[i].thread, NULL, drains, &d[i]));
+	}
+	for (int i = 0; i < n / 2; i++)
+		MUST(!pthread_join(d[i].thread, NULL));
+	return bad;
+}
+
+/* tag_info is of one tag; with flags 4 it is for all disks. */
+static tag_info_t_v2 tag_info(volume_info_t *v, tag_names_t *n, const char *dev, const char *name, int flags, int timeout)
+{
+	tag_info_t_v2 t = { .flags = flags, .nr_vols = 1, .nr_tags = 1, .timeout = timeout, .vol_info = v, .tag_names = n };
+	memset(v, 0, sizeof(*v));
+	memset(n, 0, sizeof(*n));
+	strcpy(v->vol_name, dev);
+	strcpy(n->tag_name, name);
+	n->tag_len = strlen(name);
+	memcpy(t.tag_guid, guid, GUID_LEN);
+	return t;
+}
+
+static int refused(int r, int e)
+{
+	printf("no tag: %d %s\n", r, strerror(e));
+	return 2;
 }
 
 static int tag(const char *dev, const char *name)
 {
-	volume_info_t v = { 0 };
-	tag_names_t n = { .tag_len = strlen(name) };
-	tag_info_t_v2 t = { .flags = 4, .nr_tags = 1, .tag_names = &n, .vol_info = &v };
-	strcpy(n.tag_name, name);
-	memcpy(t.tag_guid, guid, GUID_LEN);
-	uint64_t h = hash(dev);
+	volume_info_t v;
+	tag_names_t n;
+	tag_info_t_v2 t = tag_info(&v, &n, dev, name, 4, 0);
+	unsigned long long first = number(dev), h = hash(dev);
 	int r = once(IOCTL_INMAGE_IOBARRIER_TAG_VOLUME, &t);
-	if (r) {
-		printf("no tag: %d %s\n", r, strerror(errno));
-		return 2;
-	}
-	printf("tag %s %016llx\n", name, (unsigned long long)h);
+	if (r)
+		return refused(r, errno);
+	printf("tag %s %s %llu %016llx\n", name, dev, first, h);
 	return bad;
+}
+
+static int prepare(const char *dev, const char *name)
+{
+	volume_info_t v;
+	tag_names_t n;
+	tag_info_t_v2 t = tag_info(&v, &n, dev, name, 0, 60000);
+	int r = once(IOCTL_INMAGE_TAG_VOLUME_V2, &t);
+	return r ? refused(r, errno) : v.status;
+}
+
+static int verdict(uint32_t commit)
+{
+	flt_tag_commit_t c = { .ftc_flags = commit };
+	memcpy(c.ftc_guid, guid, GUID_LEN);
+	return once(IOCTL_INMAGE_TAG_COMMIT_V2, &c);
 }
 
 static int point(const char *dev, const char *name)
@@ -251,232 +279,130 @@ static int point(const char *dev, const char *name)
 	volume_info_t v = { .status = 99 };
 	freeze_info_t f = { .nr_vols = 1, .timeout = 60000, .vol_info = &v };
 	thaw_info_t th = { .nr_vols = 1, .vol_info = &v };
-	tag_names_t n = { .tag_len = strlen(name) };
-	tag_info_t_v2 t = { .nr_vols = 1, .nr_tags = 1, .timeout = 50000, .vol_info = &v, .tag_names = &n };
-	flt_tag_commit_t c = { .ftc_flags = 1 };
-	strcpy(v.vol_name, dev);
-	strcpy(n.tag_name, name);
+	tag_names_t n;
 	memcpy(f.tag_guid, guid, GUID_LEN);
 	memcpy(th.tag_guid, guid, GUID_LEN);
-	memcpy(t.tag_guid, guid, GUID_LEN);
-	memcpy(c.ftc_guid, guid, GUID_LEN);
+	strcpy(v.vol_name, dev);
 	MUST(!once(IOCTL_INMAGE_FREEZE_VOLUME, &f) && v.status == 0);
-	uint64_t h = hash(dev);
-	int r = once(IOCTL_INMAGE_TAG_VOLUME_V2, &t), e = errno, status = v.status;
-	FAILS(once(IOCTL_INMAGE_TAG_COMMIT_V2, &c), EINVAL); /* still frozen */
+	unsigned long long first = number(dev), h = hash(dev);
+	tag_info_t_v2 t = tag_info(&v, &n, dev, name, 0, 50000);
+	int r = once(IOCTL_INMAGE_TAG_VOLUME_V2, &t), e = errno;
+	FAILS(verdict(1), EINVAL); /* still frozen */
 	MUST(!once(IOCTL_INMAGE_THAW_VOLUME, &th) && v.status == 0);
-	if (r) {
-		printf("no tag: %d %s, status %d\n", r, strerror(e), status);
-		return 2;
-	}
-	MUST(!once(IOCTL_INMAGE_TAG_COMMIT_V2, &c));
-	printf("tag %s %016llx\n", name, (unsigned long long)h);
+	if (r)
+		return refused(r, e);
+	MUST(!verdict(1));
+	printf("tag %s %s %llu %016llx\n", name, dev, first, h);
 	return bad;
 }
 
-struct waiter {
-	int fd, result, err;
-	WAIT_FOR_DB_NOTIFY w;
-};
-
-static void *waits(void *p)
+static int hold(void)
 {
-	struct waiter *w = p;
-	w->result = ioctl(w->fd, IOCTL_INMAGE_WAIT_FOR_DB_V2, &w->w);
-	w->err = errno;
-	return NULL;
+	flt_barrier_create_t b = { .fbc_timeout_ms = 300 };
+	memcpy(b.fbc_guid, guid, GUID_LEN);
+	return once(IOCTL_INMAGE_CREATE_BARRIER_ALL, &b);
 }
 
-/* pointers: each command that takes one gets none, one to nothing, and one to what ends too early */
-static void pointers(int fd)
+static int let_go(void)
 {
-	static const unsigned long commands[] = {
-		IOCTL_INMAGE_START_FILTERING_DEVICE_V2, IOCTL_INMAGE_STOP_FILTERING_DEVICE, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS,
-		IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS_V2, IOCTL_INMAGE_COMMIT_DIRTY_BLOCKS_TRANS, IOCTL_INMAGE_WAIT_FOR_DB, IOCTL_INMAGE_WAIT_FOR_DB_V2,
-		IOCTL_INMAGE_CLEAR_DIFFERENTIALS, IOCTL_INMAGE_GET_DB_NOTIFY_THRESHOLD, IOCTL_INMAGE_RESYNC_START_NOTIFICATION,
-		IOCTL_INMAGE_RESYNC_END_NOTIFICATION, IOCTL_INMAGE_GET_DRIVER_VERSION, IOCTL_INMAGE_GET_GLOBAL_STATS, IOCTL_INMAGE_GET_VOLUME_STATS,
-		IOCTL_INMAGE_GET_PROTECTED_VOLUME_LIST, IOCTL_INMAGE_GET_ADDITIONAL_VOLUME_STATS, IOCTL_INMAGE_FREEZE_VOLUME, IOCTL_INMAGE_TAG_VOLUME_V2,
-		IOCTL_INMAGE_THAW_VOLUME, IOCTL_INMAGE_IOBARRIER_TAG_VOLUME, IOCTL_INMAGE_CREATE_BARRIER_ALL, IOCTL_INMAGE_REMOVE_BARRIER_ALL,
-		IOCTL_INMAGE_TAG_COMMIT_V2, IOCTL_INMAGE_SERVICE_SHUTDOWN_NOTIFY,
-	};
-	char *two = mmap(NULL, 16384, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	MUST(two != MAP_FAILED && !mprotect(two + 8192, 8192, PROT_NONE));
-	for (unsigned i = 0; i < sizeof(commands) / sizeof(*commands); i++) {
-		FAILS(ioctl(fd, commands[i], NULL), EFAULT);
-		FAILS(ioctl(fd, commands[i], two + 8192), EFAULT);
-		FAILS(ioctl(fd, commands[i], two + 8192 - 3), EFAULT);
-		if (bad) {
-			printf("command %#lx\n", commands[i]);
-			exit(1);
-		}
+	flt_barrier_remove_t b = { .fbr_flags = 0 };
+	memcpy(b.fbr_guid, guid, GUID_LEN);
+	return once(IOCTL_INMAGE_REMOVE_BARRIER_ALL, &b);
+}
+
+/* barrier: where REMOVE_BARRIER succeeds the barrier was up until then, and nothing may have passed. */
+static int barrier(const char *dev, const char *name)
+{
+	volume_info_t v;
+	tag_names_t n;
+	tag_info_t_v2 t = tag_info(&v, &n, dev, name, 4, 60000);
+	if (hold())
+		return refused(-1, errno);
+	uint64_t first = number(dev);
+	usleep(50000);
+	int r = once(IOCTL_INMAGE_TAG_VOLUME_V2, &t), e = errno;
+	FAILS(verdict(1), EINVAL); /* under the barrier, or when its time is over */
+	uint64_t later = number(dev);
+	if (let_go()) { /* a slow machine: its time was over, and the tag is revoked */
+		e = errno;
+		FAILS(verdict(1), EINVAL);
+		return bad ? 1 : refused(r, e);
 	}
+	CHECK(first == later);
+	if (r)
+		return bad ? 1 : refused(r, e);
+	CHECK(!verdict(1));
+	printf("tag %s %s %llu\n", name, dev, (unsigned long long)first);
+	return bad;
 }
 
-static void statistics(int fd, const char *dev)
+static int lapse(void)
 {
-	char text[8192];
-	VOLUME_STATS v = { .bufp = text, .buf_len = 100 };
-	VOLUME_STATS_ADDITIONAL_INFO a = { 0 };
-	GET_VOLUME_LIST l = { 0 };
-	DRIVER_VERSION version;
-	get_db_thres_t th = { 0 };
-	memset(text, 0xee, sizeof(text));
-	CHECK(!ioctl(fd, IOCTL_INMAGE_GET_GLOBAL_STATS, text) && text[4095] == 0 && (unsigned char)text[4096] == 0xee && strstr(text, "Protected Volumes"));
-	memset(text, 0xee, sizeof(text));
-	strcpy(v.guid.guid, dev);
-	CHECK(!ioctl(fd, IOCTL_INMAGE_GET_VOLUME_STATS, &v) && text[99] == 0 && (unsigned char)text[100] == 0xee);
-	strcpy(v.guid.guid, "/dev/nothing");
-	FAILS(ioctl(fd, IOCTL_INMAGE_GET_VOLUME_STATS, &v), ENODEV);
-	strcpy(a.VolumeGuid.guid, dev);
-	CHECK(!ioctl(fd, IOCTL_INMAGE_GET_ADDITIONAL_VOLUME_STATS, &a) && a.ullDriverCurrentTimeStamp / 10000000 - time(NULL) + 10 < 20);
-	FAILS(ioctl(fd, IOCTL_INMAGE_GET_PROTECTED_VOLUME_LIST, &l), EAGAIN);
-	CHECK(l.bufp == NULL && l.buf_len > 40960);
-	l.bufp = malloc(l.buf_len);
-	CHECK(!ioctl(fd, IOCTL_INMAGE_GET_PROTECTED_VOLUME_LIST, &l) && strstr(l.bufp, dev));
-	CHECK(!ioctl(fd, IOCTL_INMAGE_GET_DRIVER_VERSION, &version) && version.driver[0] == 2);
-	strcpy(th.VolumeGUID, dev);
-	CHECK(!ioctl(fd, IOCTL_INMAGE_GET_DB_NOTIFY_THRESHOLD, &th) && th.threshold == 4 << 20);
+	if (hold())
+		return refused(-1, errno);
+	sleep(1);
+	FAILS(let_go(), EINVAL);
+	return bad;
 }
 
-/* points: what may follow what. The disk is in order. */
-static void points(const char *dev, const char *other)
+/* outlive: what a descriptor meets whose daemon is killed, and what the next one finds with the next daemon. */
+static int outlive(const char *dev)
 {
-	flt_barrier_create_t bc = { .fbc_timeout_ms = 300 };
-	flt_barrier_remove_t br = { .fbr_flags = 0 };
-	flt_tag_commit_t c = { .ftc_flags = 0 };
-	volume_info_t v[2] = { 0 };
-	tag_names_t n = { .tag_len = 3, .tag_name = "abc" };
-	tag_info_t_v2 t = { .flags = 4, .nr_tags = 1, .tag_names = &n, .vol_info = v };
-	memcpy(bc.fbc_guid, guid, GUID_LEN);
-	memcpy(br.fbr_guid, guid, GUID_LEN);
-	memcpy(c.ftc_guid, guid, GUID_LEN);
-	memcpy(t.tag_guid, guid, GUID_LEN);
-	strcpy(v[0].vol_name, dev);
-	strcpy(v[1].vol_name, other);
-	CHECK(once(IOCTL_INMAGE_IOBARRIER_TAG_VOLUME, &t) == 0);
-	t.flags = 0, t.nr_vols = 2;
-	CHECK(once(IOCTL_INMAGE_IOBARRIER_TAG_VOLUME, &t) == 1 && v[0].status == 0 && v[1].status == 2);
-	t.timeout = 60000;
-	CHECK(once(IOCTL_INMAGE_TAG_VOLUME_V2, &t) == 1 && v[1].status == 2);
-	FAILS(once(IOCTL_INMAGE_CREATE_BARRIER_ALL, &bc), EAGAIN);
-	CHECK(!once(IOCTL_INMAGE_TAG_COMMIT_V2, &c)); /* revoked */
-	FAILS(once(IOCTL_INMAGE_TAG_COMMIT_V2, &c), EINVAL);
-	CHECK(!once(IOCTL_INMAGE_CREATE_BARRIER_ALL, &bc));
-	CHECK(!once(IOCTL_INMAGE_REMOVE_BARRIER_ALL, &br) || errno == EINVAL); /* a slow machine: it has gone by itself */
-	FAILS(once(IOCTL_INMAGE_REMOVE_BARRIER_ALL, &br), EINVAL);
-	CHECK(!once(IOCTL_INMAGE_CREATE_BARRIER_ALL, &bc));
-	sleep(1); /* it goes by itself */
-	FAILS(once(IOCTL_INMAGE_REMOVE_BARRIER_ALL, &br), EINVAL);
-	bc.fbc_timeout_ms = 301;
-	FAILS(once(IOCTL_INMAGE_CREATE_BARRIER_ALL, &bc), EINVAL);
-
-	freeze_info_t f = { .nr_vols = 1, .timeout = 60000, .vol_info = &v[1] };
-	thaw_info_t th = { .nr_vols = 1, .vol_info = &v[1] };
-	memcpy(f.tag_guid, guid, GUID_LEN);
-	memcpy(th.tag_guid, guid, GUID_LEN);
-	CHECK(!once(IOCTL_INMAGE_FREEZE_VOLUME, &f) && v[1].status == 0);
-	FAILS(once(IOCTL_INMAGE_FREEZE_VOLUME, &f), EPERM); /* it is frozen already */
-	CHECK(v[1].status == 1);
-	CHECK(!once(IOCTL_INMAGE_THAW_VOLUME, &th) && v[1].status == 0);
-	f.timeout = 8000;
-	CHECK(!once(IOCTL_INMAGE_FREEZE_VOLUME, &f));
-	sleep(10);
-	FAILS(once(IOCTL_INMAGE_THAW_VOLUME, &th), EINVAL); /* the time thawed it */
-	f.timeout = 60001;
-	FAILS(once(IOCTL_INMAGE_FREEZE_VOLUME, &f), EINVAL);
-	f.timeout = 1, f.nr_vols = 1 << 30;
-	FAILS(once(IOCTL_INMAGE_FREEZE_VOLUME, &f), EINVAL);
-}
-
-static int walk(const char *dev, const char *other)
-{
-	int fd = control(), fd2 = control(), lease = control();
-	UDIRTY_BLOCK_V2 b;
-	VOLUME_GUID g = { 0 };
-	uint32_t flags = 0;
-	FAILS(ioctl(fd, 0x5601, NULL), EINVAL);
-	FAILS(ioctl(fd, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS_V2, &b), EINVAL);
-	strcpy(g.guid, "/dev/nothing");
-	FAILS(ioctl(fd, IOCTL_INMAGE_STOP_FILTERING_DEVICE, &g), ENODEV);
-	CHECK(!ioctl(fd, IOCTL_INMAGE_CLEAR_DIFFERENTIALS, &g));
-	FAILS(filter(fd, "/dev/nothing"), ENODEV);
-	FAILS(filter(fd, "/dev/null"), EINVAL);
-	CHECK(!ioctl(lease, IOCTL_INMAGE_PROCESS_START_NOTIFY, &flags));
-	FAILS(ioctl(fd2, IOCTL_INMAGE_PROCESS_START_NOTIFY, &flags), EINVAL);
-	CHECK(!ioctl(fd2, IOCTL_INMAGE_SERVICE_SHUTDOWN_NOTIFY, &flags));
-	FAILS(ioctl(lease, IOCTL_INMAGE_SERVICE_SHUTDOWN_NOTIFY, &flags), EINVAL);
+	int fd = control(), idle = control();
+	UDIRTY_BLOCK_V2 b, again;
+	struct waiter w;
 	MUST(!filter(fd, dev));
+	drained(fd);
+	writes(dev, 8192, 4096);
+	block(fd, &b);
+	MUST(prepare(dev, "lost") == 0);
+	wait_in_thread(&w, fd, dev);
+	CHECK(!w.done);
+	printf("ready\n");
+	fflush(stdout);
+	MUST(getchar() == '\n');
+	MUST(!pthread_join(w.t, NULL));
+	errno = w.err;
+	CHECK(w.result == -1 && away());
+	CHECK(ioctl(fd, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS_V2, &again) == -1 && away());
+	CHECK(ioctl(idle, IOCTL_INMAGE_WAKEUP_ALL_THREADS) == -1 && away());
+	CHECK(!close(fd) && !close(idle));
+	fd = control();
+	FAILS(ioctl(fd, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS_V2, &again), EINVAL);
+	FAILS(verdict(1), EINVAL);
 	MUST(!filter(fd, dev));
-	pointers(fd);
-	MUST(!bad);
-	for (int i = 0;; i++) { /* drain what there is, until the disk is in order */
-		COMMIT_TRANSACTION c = { 0 };
-		MUST(i < 3000);
-		if (ioctl(fd, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS, &b) == 0) {
-			c.ulTransactionID = b.uHdr.Hdr.uliTransactionID;
-			MUST(!ioctl(fd, IOCTL_INMAGE_COMMIT_DIRTY_BLOCKS_TRANS, &c));
-			if (b.uHdr.Hdr.ulFlags & UDIRTY_BLOCK_FLAG_TSO_FILE && b.uHdr.Hdr.eWOState == 3)
-				break;
-		}
-		usleep(20000);
-	}
-	statistics(fd, dev);
-	RESYNC_START_V2 r = { 0 };
-	strcpy(r.VolumeGUID, dev);
-	CHECK(!ioctl(fd, IOCTL_INMAGE_RESYNC_START_NOTIFICATION, &r) && r.TimeInHundNanoSeconds > 1ULL << 50);
-	CHECK(!ioctl(fd, IOCTL_INMAGE_RESYNC_END_NOTIFICATION, &r));
-	points(dev, other);
-
-	/* a thread waits on the descriptor on which another one works */
-	struct waiter w = { .fd = fd, .w.Seconds = 60 };
-	pthread_t t;
-	int tags = 0;
-	for (int i = 0; tags < 2; i++) {
-		COMMIT_TRANSACTION c = { 0 };
-		MUST(i < 500);
-		MUST(!ioctl(fd, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS_V2, &b) || errno == EAGAIN);
-		tags += !b.uHdr.Hdr.ulFlags && !b.uHdr.Hdr.cChanges;
-		c.ulTransactionID = b.uHdr.Hdr.uliTransactionID;
-		CHECK(!ioctl(fd, IOCTL_INMAGE_COMMIT_DIRTY_BLOCKS_TRANS, &c));
-		usleep(20000);
-	}
-	strcpy(w.w.VolumeGUID, dev);
-	MUST(!pthread_create(&t, NULL, waits, &w));
-	usleep(300000);
-	CHECK(!ioctl(fd, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS_V2, &b) && b.uHdr.Hdr.ulFlags & UDIRTY_BLOCK_FLAG_TSO_FILE);
-	CHECK(!ioctl(fd2, IOCTL_INMAGE_WAKEUP_ALL_THREADS));
-	MUST(!pthread_join(t, NULL));
-	CHECK(w.result == -1 && w.err == ETIMEDOUT);
-	strcpy(w.w.VolumeGUID, "/dev/nothing");
-	FAILS(ioctl(fd, IOCTL_INMAGE_WAIT_FOR_DB_V2, &w.w), EINVAL);
-	FAILS(ioctl(fd, IOCTL_INMAGE_WAIT_FOR_DB, &w.w), EINVAL);
-
-	MUST(!filter(fd2, dev));
-	strcpy(g.guid, dev);
-	CHECK(!ioctl(fd, IOCTL_INMAGE_STOP_FILTERING_DEVICE, &g));
-	FAILS(ioctl(fd, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS_V2, &b), EINVAL);
-	FAILS(ioctl(fd2, IOCTL_INMAGE_GET_DIRTY_BLOCKS_TRANS_V2, &b), EBUSY);
-	CHECK(!ioctl(fd, IOCTL_INMAGE_UNSTACK_ALL));
+	block(fd, &again);
+	CHECK(again.uHdr.Hdr.cChanges == b.uHdr.Hdr.cChanges && again.uHdr.Hdr.ulicbChanges == b.uHdr.Hdr.ulicbChanges);
+	CHECK(!memcmp(again.uTagList.DataFile.FileName, b.uTagList.DataFile.FileName, b.uTagList.DataFile.usLength));
+	MUST(!commit_id(fd, again.uHdr.Hdr.uliTransactionID));
+	CHECK(drained(fd) == 0); /* revoked */
 	return bad;
 }
 
 int main(int argc, char **argv)
 {
-	if (argc == 4 && !strcmp(argv[1], "walk"))
-		return walk(argv[2], argv[3]);
-	if (argc == 4 && !strcmp(argv[1], "replicate"))
-		return replicate(argv[2], argv[3]);
-	if (argc == 4 && !strcmp(argv[1], "tag"))
+	const char *what = argc > 1 ? argv[1] : "";
+	if (argc >= 4 && !strcmp(what, "replicate"))
+		return replicate(argc - 2, argv + 2);
+	if (argc == 4 && !strcmp(what, "tag"))
 		return tag(argv[2], argv[3]);
-	if (argc == 4 && !strcmp(argv[1], "point"))
+	if (argc == 4 && !strcmp(what, "point"))
 		return point(argv[2], argv[3]);
-	if (argc == 3 && !strcmp(argv[1], "wait")) {
+	if (argc == 4 && !strcmp(what, "prepare"))
+		return prepare(argv[2], argv[3]);
+	if (argc == 4 && !strcmp(what, "barrier"))
+		return barrier(argv[2], argv[3]);
+	if (!strcmp(what, "lapse"))
+		return lapse();
+	if (argc == 3 && !strcmp(what, "outlive"))
+		return outlive(argv[2]);
+	if (argc == 3 && !strcmp(what, "wait")) {
 		int fd = control();
 		WAIT_FOR_DB_NOTIFY w = { .Seconds = 60 };
 		strcpy(w.VolumeGUID, argv[2]);
 		return filter(fd, argv[2]) || ioctl(fd, IOCTL_INMAGE_WAIT_FOR_DB_V2, &w) ? errno : 0;
 	}
-	if (argc == 3 && !strcmp(argv[1], "stop")) {
+	if (argc == 3 && !strcmp(what, "stop")) {
 		VOLUME_GUID g = { 0 };
 		strcpy(g.guid, argv[2]);
 		return once(IOCTL_INMAGE_STOP_FILTERING_DEVICE, &g) ? errno : 0;
