@@ -114,16 +114,20 @@ func (d *Daemon) Await(group, what string, ok func(*Group) bool) Group {
 // ErrNotYet is for checks of Eventually that have no more to say.
 var ErrNotYet = errors.New("not yet")
 
-// Eventually calls check until it gives nil, and ends the test when that takes longer than max.
-func Eventually(t testing.TB, max time.Duration, what string, check func() error) {
+// Eventually calls check until it gives nil, and ends the test when that takes
+// longer than atMost. Between calls it waits for twice as long as one takes: where
+// starting a program is slow, asking must not be most of what is done.
+func Eventually(t testing.TB, atMost time.Duration, what string, check func() error) {
 	t.Helper()
-	for deadline := time.Now().Add(max); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(atMost); ; {
+		begun := time.Now()
 		err := check()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not in %v: %s: %v", max, what, err)
+			t.Fatalf("not in %v: %s: %v", atMost, what, err)
 		}
+		time.Sleep(min(max(2*time.Since(begun), 50*time.Millisecond), time.Second))
 	}
 }
