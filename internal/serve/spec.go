@@ -94,11 +94,11 @@ func (s *Server) check(spec *Spec) error {
 	if f == nil {
 		return fmt.Errorf("%q: %w: want %s, %s", spec.Front, ErrNoFront, Auto, strings.Join(Fronts, ", "))
 	}
-	if err := f.probe(); err != nil {
-		return fmt.Errorf("%s: %w: %w", spec.Front, ErrFront, err)
-	}
 	if spec.Listen != "" && spec.Front != FrontNBDServer {
 		return fmt.Errorf("%q: %w: only %s listens, not %s", spec.Listen, ErrNoFront, FrontNBDServer, spec.Front)
+	}
+	if err := f.probe(); err != nil {
+		return fmt.Errorf("%s: %w: %w", spec.Front, ErrFront, err)
 	}
 	return nil
 }
