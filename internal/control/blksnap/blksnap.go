@@ -9,6 +9,7 @@ package blksnap
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync"
 	"syscall"
@@ -164,7 +165,17 @@ func (file) Close() {}
 
 // Ioctl answers a command of the interface.
 func (f file) Ioctl(ctx context.Context, c *cuse.Call) (int32, error) {
-	return f.s.command(ctx, c.Cmd, c.Arg, c)
+	n, err := f.s.command(ctx, c.Cmd, c.Arg, c)
+	if err != nil && !isErrno(err) && f.s.log != nil {
+		f.s.log.Warn("a command of /dev/blksnap fails", "command", fmt.Sprintf("%#x", c.Cmd), "error", err)
+	}
+	return n, err
+}
+
+// isErrno says whether an error is nothing but an errno, which says it all to who knows the interface.
+func isErrno(err error) bool {
+	_, ok := err.(syscall.Errno)
+	return ok
 }
 
 // memory is a caller's.

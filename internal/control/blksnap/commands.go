@@ -1,9 +1,11 @@
 package blksnap
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"math"
@@ -366,7 +368,8 @@ func (s *Server) images(arg uint64, m memory) error {
 	return answerList(m, arg+16, in.Array, in.Count, have, syscall.ENODATA)
 }
 
-// to finds the errno of an error; special ones come first.
+// to finds the errno of an error; special ones come first. What has no errno that
+// says it all keeps its text, for the log.
 func to(err error, special map[error]syscall.Errno) error {
 	if err == nil {
 		return nil
@@ -385,9 +388,10 @@ func to(err error, special map[error]syscall.Errno) error {
 			return known.errno
 		}
 	}
-	var e syscall.Errno
-	if errors.As(err, &e) && e != 0 {
-		return e
+	if isErrno(err) {
+		return err
 	}
-	return syscall.EIO
+	e := syscall.EIO
+	_ = errors.As(err, &e)
+	return fmt.Errorf("%w: %w", cmp.Or(e, syscall.EIO), err)
 }
