@@ -18,6 +18,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"iter"
 	"os"
 	"time"
 
@@ -70,18 +72,88 @@ func (c *Client) Consumer(group, name string, o Options) *Consumer {
 // where after is not 0, behind that batch, which must have been given and not
 // be committed. ErrNothing: there is none yet.
 func (c *Consumer) Next(ctx context.Context, after uint64) (*Batch, error) {
-	body, err := c.api.DrainNext(ctx, c.group, c.name, api.DrainRequest{After: after, From: c.options.From, Disk: c.options.Disk,
-		BatchBytes: c.options.BatchBytes, Ranges: c.options.Ranges})
+	body, err := c.ask(ctx, after, 1)
 	if err != nil {
-		return nil, known(err)
+		return nil, err
 	}
 	defer body.Close()
+	b, err := c.read(body)
+	if err == io.EOF {
+		err = fmt.Errorf("%w: an answer without a batch", ErrUnreachable)
+	}
+	return b, err
+}
+
+// inAnAnswer is how many batches are asked for at a time: fewer than may be
+// given and not committed.
+const inAnAnswer = 64
+
+// Batches gives what follows, batch by batch: first what Next would, then the one
+// behind each. Unlike with Next no batch costs a round trip: while one is looked
+// at the daemon makes and sends those behind it. It ends with an error, which is
+// ErrNothing behind the last one that is there. What was given is to be committed
+// in time: 256 batches may be given and not committed.
+func (c *Consumer) Batches(ctx context.Context, after uint64) iter.Seq2[*Batch, error] {
+	return func(yield func(*Batch, error) bool) {
+		for {
+			newest, err := c.answer(ctx, after, yield)
+			if err == errEnough {
+				return
+			}
+			if err == nil && newest == after {
+				err = fmt.Errorf("%w: an answer without a batch", ErrUnreachable)
+			}
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			after = newest
+		}
+	}
+}
+
+// errEnough: whoever looks at the batches wants no more.
+var errEnough = errors.New("enough")
+
+// answer hands on the batches of one answer, and gives the number of the newest.
+func (c *Consumer) answer(ctx context.Context, after uint64, yield func(*Batch, error) bool) (newest uint64, err error) {
+	body, err := c.ask(ctx, after, inAnAnswer)
+	if err != nil {
+		return after, err
+	}
+	defer body.Close()
+	for newest = after; ; {
+		b, err := c.read(body)
+		if err == io.EOF {
+			return newest, nil
+		}
+		if err != nil {
+			return newest, err
+		}
+		if newest = b.Number; !yield(b, nil) {
+			return newest, errEnough
+		}
+	}
+}
+
+// ask asks for batches.
+func (c *Consumer) ask(ctx context.Context, after uint64, batches int) (io.ReadCloser, error) {
+	body, err := c.api.DrainNext(ctx, c.group, c.name, api.DrainRequest{After: after, Batches: batches, From: c.options.From, Disk: c.options.Disk,
+		BatchBytes: c.options.BatchBytes, Ranges: c.options.Ranges})
+	return body, known(err)
+}
+
+// read reads one batch; io.EOF: there is none.
+func (c *Consumer) read(body io.Reader) (*Batch, error) {
 	b, err := batch.Read(body)
 	if errors.Is(err, batch.ErrDamaged) || errors.Is(err, batch.ErrVersion) {
 		return nil, fmt.Errorf("%w: group %s, consumer %s: %w", ErrDamaged, c.group, c.name, err)
 	}
 	if err != nil {
-		return nil, known(err)
+		if err != io.EOF {
+			err = known(err)
+		}
+		return nil, err
 	}
 	return batchOf(b), nil
 }

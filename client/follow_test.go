@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -15,10 +16,12 @@ import (
 	"tidemark/internal/batch"
 )
 
-// daemon answers as the real one does, with batches of one bookmark each, and
-// cuts every few answers off.
+// daemon answers as the real one does, with batches of one bookmark each, or of no
+// writes where plain is set, and cuts every few answers off.
 type daemon struct {
 	committed, given, last uint64
+	plain                  bool
+	most                   uint64 // batches that were given and not committed at any time
 	answers                int
 	cut                    int    // every so many answers
 	heard                  func() // called at the last of these
@@ -26,7 +29,7 @@ type daemon struct {
 }
 
 func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	var in struct{ After, Number uint64 }
+	var in struct{ After, Number, Batches uint64 }
 	_ = json.NewDecoder(r.Body).Decode(&in)
 	var out bytes.Buffer
 	w.Header().Set("Content-Type", "application/json")
@@ -49,13 +52,13 @@ func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse("not-given", http.StatusConflict)
 	case after >= d.last:
 		refuse("nothing", http.StatusTooEarly)
+	case after-d.committed >= 256:
+		refuse("usage", http.StatusBadRequest)
 	default:
-		d.given = max(d.given, after+1)
-		e, err := new(batch.Builder).Encode(batch.Header{Kind: batch.Bookmark, Number: after + 1, Consistent: true, Bookmark: fmt.Sprint(after + 1)})
-		if err != nil {
-			panic(err)
+		for n := after; n < min(after+max(in.Batches, 1), d.last, d.committed+256); n++ {
+			d.batch(n+1, &out)
 		}
-		e.WriteTo(&out) // into memory
+		d.most = max(d.most, d.given-d.committed)
 	}
 	d.answers++
 	if d.cut > 0 && d.answers%d.cut == 0 {
@@ -65,6 +68,19 @@ func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler)
 	}
 	_, _ = w.Write(out.Bytes())
+}
+
+func (d *daemon) batch(n uint64, to io.Writer) {
+	d.given = max(d.given, n)
+	h := batch.Header{Kind: batch.Bookmark, Number: n, Consistent: true, Bookmark: fmt.Sprint(n)}
+	if d.plain {
+		h.Kind = batch.Writes
+	}
+	e, err := new(batch.Builder).Encode(h)
+	if err != nil {
+		panic(err)
+	}
+	e.WriteTo(to) // into memory
 }
 
 // collector notes what it was given, and ends with the last.
@@ -144,6 +160,99 @@ func TestBookmarkFirst(t *testing.T) {
 	}
 	if len(c.seen) != 1 {
 		t.Errorf("applied while bookmark 1 could not be committed: %v", c.seen)
+	}
+}
+
+// dialed is a client of a daemon.
+func dialed(t *testing.T, d *daemon) *Client {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: serial(d)}
+	go srv.Serve(l)
+	t.Cleanup(func() { srv.Close() })
+	return Dial(path)
+}
+
+// TestFarBehind: whoever is behind by more batches than may be given and not
+// committed gets all of them, in order and once, however small they are.
+func TestFarBehind(t *testing.T) {
+	d := &daemon{last: 1500, plain: true}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	c := &numbers{last: d.last, end: cancel}
+	if err := dialed(t, d).Consumer("g", "c", Options{}).Follow(ctx, c); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	if c.newest != d.last || c.wrong > 0 || d.most >= 256 {
+		t.Errorf("it came to %d of %d, %d out of order; %d were given and not committed", c.newest, d.last, c.wrong, d.most)
+	}
+}
+
+// numbers counts the batches that it gets.
+type numbers struct {
+	newest, last, wrong uint64
+	end                 context.CancelFunc
+}
+
+func (c *numbers) Apply(b *Batch) error {
+	if b.Number != c.newest+1 {
+		c.wrong++
+	}
+	c.newest = b.Number
+	return nil
+}
+
+func (c *numbers) Sync() error {
+	if c.newest == c.last {
+		defer c.end()
+	}
+	return nil
+}
+
+// TestBatches: batches come one behind the other with few answers, up to the last;
+// an answer that is cut off is an error, and what came before it was right.
+func TestBatches(t *testing.T) {
+	d := &daemon{last: 200}
+	c := dialed(t, d).Consumer("g", "c", Options{})
+	n := uint64(0)
+	for b, err := range c.Batches(t.Context(), 0) {
+		if err != nil {
+			if !errors.Is(err, ErrNothing) || n != d.last {
+				t.Fatalf("behind batch %d: %v", n, err)
+			}
+			n++
+			continue
+		}
+		if n++; b.Number != n || b.Bookmark != fmt.Sprint(n) {
+			t.Fatalf("batch %d is %+v", n, b)
+		}
+	}
+	if want := 200/inAnAnswer + 2; n != d.last+1 || d.answers > want {
+		t.Errorf("%d batches and errors in %d answers, want %d in %d", n, d.answers, d.last+1, want)
+	}
+	for b, err := range c.Batches(t.Context(), 150) {
+		if err != nil || b.Number != 151 {
+			t.Errorf("behind 150: %+v, %v", b, err)
+		}
+		break // which ends the asking
+	}
+	d.cut, d.answers = 1, 0
+	n = 0
+	for b, err := range c.Batches(t.Context(), 0) {
+		if err == nil {
+			n = b.Number
+			continue
+		}
+		if !errors.Is(err, ErrUnreachable) && !errors.Is(err, ErrDamaged) {
+			t.Errorf("cut off: %v", err)
+		}
+	}
+	if n == 0 || n >= inAnAnswer {
+		t.Errorf("of an answer that was cut in the middle came %d batches", n)
 	}
 }
 

@@ -60,9 +60,12 @@ func Read(r io.Reader) (*Batch, error) {
 	return out, out.parseTable(table, payloads)
 }
 
-// part reads n bytes. What is not there takes no memory.
+// atOnce is how much memory is taken at the word of a header: what is usual.
+const atOnce = 16 << 20
+
+// part reads n bytes. Much that is not there takes no memory.
 func part(r io.Reader, n int64, what string) ([]byte, error) {
-	if n <= 1<<16 {
+	if n <= atOnce {
 		b := make([]byte, n)
 		if _, err := io.ReadFull(r, b); err != nil {
 			return nil, ended(err, what)
@@ -70,7 +73,7 @@ func part(r io.Reader, n int64, what string) ([]byte, error) {
 		return b, nil
 	}
 	var b bytes.Buffer
-	b.Grow(int(min(n, 16<<20)) + bytes.MinRead)
+	b.Grow(atOnce)
 	if _, err := io.CopyN(&b, r, n); err != nil {
 		return nil, ended(err, what)
 	}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
+	"sync"
 
 	"tidemark/internal/block"
 )
@@ -21,13 +23,29 @@ type Builder struct {
 // Add copies a record.
 func (b *Builder) Add(r *Record) {
 	b.entry(r, crc(r.Payload))
+	b.room(len(r.Payload))
 	b.payloads = append(b.payloads, r.Payload...)
+}
+
+// released are the payloads of batches that have gone: memory that is new costs
+// more than what is put into it.
+var released sync.Pool
+
+// room makes room for n bytes of payload.
+func (b *Builder) room(n int) {
+	if b.payloads == nil && n > 0 {
+		if p, ok := released.Get().(*[]byte); ok {
+			b.payloads = (*p)[:0]
+		}
+	}
+	b.payloads = slices.Grow(b.payloads, n)
 }
 
 // AddFrom is Add for a payload that read puts in its place.
 func (b *Builder) AddFrom(r *Record, read func(dst []byte) error) error {
 	at, n := len(b.payloads), int(r.Range.Len)
-	b.payloads = append(b.payloads, make([]byte, n)...)
+	b.room(n)
+	b.payloads = b.payloads[:at+n]
 	if err := read(b.payloads[at : at+n]); err != nil {
 		b.payloads = b.payloads[:at]
 		return err
@@ -69,6 +87,15 @@ func (e *Encoded) Size() int64 {
 
 // Parts are the batch's bytes, one behind the other.
 func (e *Encoded) Parts() [3][]byte { return e.parts }
+
+// Release gives the memory of the payloads to the next batch: nothing of Parts is
+// to be used any more. To leave it to the garbage collector is no mistake.
+func (e *Encoded) Release() {
+	if p := e.parts[2]; cap(p) > 0 {
+		e.parts = [3][]byte{}
+		released.Put(&p)
+	}
+}
 
 // WriteTo writes the batch's bytes.
 func (e *Encoded) WriteTo(w io.Writer) (n int64, err error) {

@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -92,38 +91,25 @@ func (s *service) closeAllConsumers() {
 	}
 }
 
-// body is a batch on its way to who asked for it.
-type body struct {
-	io.Reader
-	done func()
-}
-
-func (b body) Close() error {
-	b.done()
-	return nil
-}
-
 func (s *service) DrainNext(ctx context.Context, group, consumer string, r api.DrainRequest) (io.ReadCloser, error) {
 	d, err := s.consumers(group)
 	if err != nil {
 		return nil, err
 	}
-	select {
-	case d.batches <- struct{}{}:
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	if r.Batches < 0 || r.Batches > api.BatchesMax {
+		return nil, &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("%d batches in one answer: want at most %d", r.Batches, api.BatchesMax)}
 	}
-	done := func() { <-d.batches }
-	b, err := s.nextBatch(ctx, d.Group, group, consumer, r)
+	f, err := flowing(ctx, d.batches, r.Batches, func(ctx context.Context, after uint64) (*drain.Batch, error) {
+		r := r
+		if after != 0 {
+			r.After = after
+		}
+		return s.nextBatch(ctx, d.Group, group, consumer, r)
+	})
 	if err != nil {
-		done()
 		return nil, coded(err)
 	}
-	var parts []io.Reader
-	for _, p := range b.Parts() {
-		parts = append(parts, bytes.NewReader(p))
-	}
-	return body{io.MultiReader(parts...), done}, nil
+	return f, nil
 }
 
 func (s *service) nextBatch(ctx context.Context, d *drain.Group, group, consumer string, r api.DrainRequest) (*drain.Batch, error) {

@@ -33,11 +33,15 @@ type Consumer struct {
 // where there is none of the name; one that is there must not be otherwise.
 type DrainRequest struct {
 	After      uint64 `json:"after,omitempty"`       // the batch behind this one, which was given and is not committed; 0: behind the newest committed
+	Batches    int    `json:"batches,omitempty"`     // most batches of the answer, one behind the other; 0: one
 	From       string `json:"from,omitempty"`        // "empty", or the point that the copy is: latest, seq:N, a time, a bookmark
 	Disk       string `json:"disk,omitempty"`        // none: all of the group
 	BatchBytes int64  `json:"batch_bytes,omitempty"` // most payload of a batch, unless one record has more
 	Ranges     bool   `json:"ranges,omitempty"`      // while a gap is open, tell what to read from the disk meanwhile
 }
+
+// BatchesMax bounds DrainRequest.Batches.
+const BatchesMax = 256
 
 // DrainCommit says that the consumer has everything up to a batch for good.
 type DrainCommit struct {
@@ -66,7 +70,8 @@ type DrainClear struct {
 
 // Drains is the part of the Service that hands the stream to consumers.
 type Drains interface {
-	// DrainNext gives a batch in the form of docs/formats/batch.md; close it.
+	// DrainNext gives a batch in the form of docs/formats/batch.md, or as many as there
+	// are up to what was asked for; close it. It may end behind any whole batch.
 	// CodeNothing: there is none yet. CodeNotGiven: After was not given.
 	DrainNext(ctx context.Context, group, consumer string, r DrainRequest) (io.ReadCloser, error)
 	// DrainCommit: CodeNotGiven where the batch was not given.
