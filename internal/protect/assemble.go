@@ -44,7 +44,8 @@ func (e *Env) dir(group string) string { return filepath.Join(e.StateDir, "group
 //  5. the source: the one of before if it fits, otherwise a new one and a gap.
 //
 // Where the one of before does not fit, or disks are gone, what its ring holds is
-// moved into the history before anything else (salvage).
+// moved into the history before anything else (salvage); verdicts on marks that
+// are decided follow it.
 func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set, stats *Stats) (s *session, err error) {
 	settings, err := cfg.Settings.withDefaults()
 	if err != nil {
@@ -87,7 +88,7 @@ func assemble(ctx context.Context, env *Env, cfg *Config, h *health.Set, stats *
 		return s, err
 	}
 	if err = s.identify(); err != nil {
-		return s, errors.Join(err, s.salvageStranded(ctx), s.way.gone())
+		return s, errors.Join(err, s.salvageStranded(ctx), s.decideStranded(ctx), s.way.gone())
 	}
 	history, err := s.history(ctx)
 	if err != nil {
@@ -236,11 +237,7 @@ func (s *session) resume(ctx context.Context, h *timeline.History) error {
 	s.stats.known()
 	if h != nil {
 		s.carry(h)
-		var undecided []pendingMark
-		for _, m := range h.Undecided() {
-			undecided = append(undecided, pendingMark{m.Bookmark, m.Position, m.Time})
-		}
-		s.takeOverMarks(undecided)
+		s.takeOverMarks(undecided(h))
 		if s.continues(h) {
 			if !s.gapOpen {
 				return s.changedMeanwhile()

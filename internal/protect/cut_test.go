@@ -10,6 +10,7 @@ import (
 	"tidemark/internal/health"
 	"tidemark/internal/segment"
 	"tidemark/internal/source"
+	"tidemark/internal/spool"
 	"tidemark/internal/stream"
 )
 
@@ -177,6 +178,64 @@ func TestWithdrawn(t *testing.T) {
 	}
 }
 
+// TestMarkAndFullSpool: while the spool takes nothing whoever waits is told, at
+// every phase; a mark that was not durable is revoked when it has become so, and
+// one that was has the verdict that it was given.
+func TestMarkAndFullSpool(t *testing.T) {
+	for _, far := range []cutPhase{standing, cutting, placed, prepared, deciding, decided} {
+		s := standingOver(&rung{})
+		m := s.standFor(t, "noon")
+		var err error
+		reply := m.reply
+		if far > standing {
+			err = s.cutAt(m, 50)
+		}
+		if far > cutting {
+			err = errors.Join(err, s.pump())
+		}
+		if far > placed {
+			s.settleMarks()
+			err = errors.Join(err, <-reply)
+		}
+		if far > prepared {
+			var failed error
+			_, failed = s.decide(m, true)
+			err, reply = errors.Join(err, failed), m.reply
+		}
+		if far > deciding {
+			err = errors.Join(err, s.appendVerdicts())
+		}
+		if err != nil || m.phase != far {
+			t.Fatalf("it is in phase %d, want %d: %v", m.phase, far, err)
+		}
+		s.full = true
+		s.refuseMarks()
+		s.refuseMarks() // at each tick
+		select {
+		case err := <-reply:
+			if far == standing || far == prepared || !errors.Is(err, spool.ErrFull) {
+				t.Errorf("phase %d: told %v", far, err)
+			}
+		default:
+			if far != standing && far != prepared {
+				t.Errorf("phase %d: nobody is told", far)
+			}
+		}
+		if far == cutting && (len(s.marks) > 0 || s.names["noon"]) {
+			t.Errorf("a mark that is in no stream stays: %+v", m)
+		}
+		s.full = false
+		s.settleMarks()
+		if err := s.appendVerdicts(); err != nil {
+			t.Fatal(err)
+		}
+		s.settleMarks()
+		if over := len(s.marks) == 0; over != (far == cutting || far == placed || far > prepared) || over && m.commit != (far > prepared) || s.names["noon"] != (m.commit || !over) {
+			t.Errorf("phase %d: with room again it is in phase %d, commit %v, %d marks, names %v", far, m.phase, m.commit, len(s.marks), s.names)
+		}
+	}
+}
+
 // TestVerdictsOfALedger: a mark without a verdict is committed where an intent says
 // so, also after the ledger was opened anew, and revoked elsewhere, for good.
 func TestVerdictsOfALedger(t *testing.T) {
@@ -209,6 +268,9 @@ func TestVerdictsOfALedger(t *testing.T) {
 		t.Errorf("the format of intents has changed: %s, %v", b, err)
 	}
 	l.durable(a, 5)
+	if l.decides(a) || !l.decides(b) || l.decides([16]byte{3}) {
+		t.Error("it is not told which groups may lack a commit")
+	}
 	l = open() // b has not had it, a has
 	if v := l.verdicts(a, nil); len(v) != 0 {
 		t.Error(v)

@@ -170,6 +170,9 @@ func (p *pending) prepare(ctx context.Context, l *Ledger, groups []*Group, r Mar
 			return err
 		}
 		groupMarks = append(groupMarks, GroupMark{Group: m.group.cfg.Name, Bookmarked: m.mark.where, Barrier: kinds[n]})
+		if n == 0 {
+			l.step("one-prepared")
+		}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

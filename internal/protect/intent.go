@@ -98,6 +98,21 @@ func (l *Ledger) verdicts(id [16]byte, undecided []pendingMark) []bool {
 	return out
 }
 
+// decides says whether a group may lack a verdict that is a commit.
+func (l *Ledger) decides(id [16]byte) bool {
+	if l == nil {
+		return false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, i := range l.intents {
+		if slices.ContainsFunc(i.Groups, func(g intentGroup) bool { return g.ID == id }) {
+			return true
+		}
+	}
+	return false
+}
+
 // durable notes that a group has the verdict on a mark in its spool.
 func (l *Ledger) durable(id [16]byte, position stream.Position) {
 	if l == nil {

@@ -58,6 +58,44 @@ func (s *session) salvage(ctx context.Context, h *timeline.History) (*timeline.H
 	return s.history(ctx)
 }
 
+// decideStranded gives a group whose disks are not all here the verdicts that are
+// decided: where a disk is gone for good its bookmarks are what is left of it.
+func (s *session) decideStranded(ctx context.Context) error {
+	if !s.ledger.decides(s.cfg.ID) {
+		return nil
+	}
+	h, err := s.history(ctx)
+	if err != nil || h == nil {
+		return err
+	}
+	s.carry(h)
+	s.takeOverMarks(undecided(h))
+	if err := s.appendVerdicts(); err != nil || s.builder.Records() == 0 {
+		return err
+	}
+	state := h.Last().State // nothing else is known that was not
+	state.Time = s.lastTime
+	sealed, err := s.builder.Seal(s.header(), state)
+	if err != nil {
+		return err
+	}
+	if err := s.spool.Append(sealed); err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	s.previous = sealed.Summary
+	s.builder.Reset()
+	s.settleMarks()
+	return s.shipSpool(ctx)
+}
+
+// undecided are the prepared marks of a history that no verdict follows.
+func undecided(h *timeline.History) (out []pendingMark) {
+	for _, m := range h.Undecided() {
+		out = append(out, pendingMark{m.Bookmark, m.Position, m.Time})
+	}
+	return out
+}
+
 // sizes are the disks as the engine wants them.
 func (s *session) sizes() []fill.Disk {
 	var disks []fill.Disk

@@ -194,6 +194,7 @@ func (s *session) loop(ctx context.Context, failed <-chan error) error {
 // step is one round: ring to segment, gaps, fills, seal.
 func (s *session) step() error {
 	if s.full && (time.Now().Before(s.fullUntil) || !s.spool.Room(int64(s.builder.Size()))) {
+		s.refuseMarks()
 		return s.overflowing() // the ring holds on; the tap degrades when it is full too
 	}
 	if err := s.sealGaps(); err != nil {

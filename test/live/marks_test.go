@@ -312,7 +312,7 @@ func TestKilledBetweenVerdicts(t *testing.T) {
 		for _, step := range []struct {
 			name    string
 			decided bool
-		}{{"prepared", false}, {"before-intent", false}, {"intent", true}, {"one-verdict", true}} {
+		}{{[]string{"stood", "telling"}[rng.IntN(2)], false}, {"one-prepared", false}, {"prepared", false}, {"before-intent", false}, {"intent", true}, {"one-verdict", true}} {
 			name := "killed-at-" + step.name
 			m.d.Kill()
 			m.d.Steps("kill@" + step.name)
