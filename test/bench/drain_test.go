@@ -16,28 +16,46 @@ import (
 // the bytes of payload and how long that took.
 func drainAll(b *testing.B, c *client.Consumer) (bytes int64, took time.Duration) {
 	b.Helper()
-	start, after := time.Now(), uint64(0)
-	for n := 1; ; n++ {
-		batch, err := c.Next(b.Context(), after)
+	start, newest := time.Now(), uint64(0)
+	for batch, err := range c.Batches(b.Context(), 0) {
 		if errors.Is(err, client.ErrNothing) {
 			break
 		}
 		if err != nil {
 			b.Fatal(err)
 		}
-		bytes, after = bytes+batch.Bytes(), batch.Number
-		if n%16 == 0 {
-			if err := c.Commit(b.Context(), after); err != nil {
+		bytes, newest = bytes+batch.Bytes(), batch.Number
+		if newest%16 == 0 {
+			if err := c.Commit(b.Context(), newest); err != nil {
 				b.Fatal(err)
 			}
 		}
 	}
-	if after > 0 {
-		if err := c.Commit(b.Context(), after); err != nil && !errors.Is(err, client.ErrNotGiven) {
+	if newest > 0 {
+		if err := c.Commit(b.Context(), newest); err != nil {
 			b.Fatal(err)
 		}
 	}
 	return bytes, time.Since(start)
+}
+
+// oneByOne is drainAll with a round trip for each batch.
+func oneByOne(b *testing.B, c *client.Consumer) (bytes int64, took time.Duration) {
+	b.Helper()
+	start := time.Now()
+	for {
+		batch, err := c.Next(b.Context(), 0)
+		if errors.Is(err, client.ErrNothing) {
+			return bytes, time.Since(start)
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := c.Commit(b.Context(), batch.Number); err != nil {
+			b.Fatal(err)
+		}
+		bytes += batch.Bytes()
+	}
 }
 
 // BenchmarkConsumer: a program takes what was sealed: the first fill of a disk with
@@ -47,9 +65,12 @@ func BenchmarkConsumer(b *testing.B) {
 		disk := randomDisk(b, diskSize)
 		d := program.New(b)
 		d.Protect("g", disk.Path)
-		c := client.Dial(filepath.Join(d.Dir, "socket")).Consumer("g", "c", client.Options{})
+		daemon := client.Dial(filepath.Join(d.Dir, "socket"))
+		c, slow := daemon.Consumer("g", "c", client.Options{}), daemon.Consumer("g", "slow", client.Options{})
 		n, took := drainAll(b, c)
 		b.ReportMetric(float64(n)/took.Seconds()/1e6, "fill-MB/s")
+		n, took = oneByOne(b, slow)
+		b.ReportMetric(float64(n)/took.Seconds()/1e6, "fill-one-by-one-MB/s")
 
 		f, err := os.OpenFile(disk.Path, os.O_RDWR, 0)
 		if err != nil {
@@ -66,5 +87,7 @@ func BenchmarkConsumer(b *testing.B) {
 		d.Settle("g")
 		n, took = drainAll(b, c)
 		b.ReportMetric(float64(n)/took.Seconds()/1e6, "writes-MB/s")
+		n, took = oneByOne(b, slow)
+		b.ReportMetric(float64(n)/took.Seconds()/1e6, "writes-one-by-one-MB/s")
 	}
 }
