@@ -124,15 +124,37 @@ const (
 	stallMax   = time.Minute // for a client to take one piece
 )
 
-// send answers with a batch, in pieces. A client that stands still in the middle is
-// cut off: what is on its way takes memory, and the place of another's.
+// send answers with batches, in pieces.
 func send(w http.ResponseWriter, body io.ReadCloser) {
 	defer body.Close()
 	w.Header().Set("Content-Type", "application/octet-stream")
-	c := http.NewResponseController(w)
-	for err := error(nil); err == nil; {
-		_ = c.SetWriteDeadline(time.Now().Add(stallMax)) // where there is none the client is waited for
-		_, err = io.CopyN(w, body, pieceBytes)           // the client is gone if it fails
-	}
-	_ = c.SetWriteDeadline(time.Time{})
+	p := pieces{w, http.NewResponseController(w)}
+	_, _ = io.Copy(p, body) // the client is gone if it fails
+	_ = p.c.SetWriteDeadline(time.Time{})
 }
+
+// pieces writes an answer. A client that stands still in the middle is cut off: what
+// is on its way takes memory, and the place of another's.
+type pieces struct {
+	w http.ResponseWriter
+	c *http.ResponseController
+}
+
+func (p pieces) Write(b []byte) (total int, err error) {
+	for len(b) > 0 && err == nil {
+		var n int
+		p.hurry()
+		n, err = p.w.Write(b[:min(len(b), pieceBytes)])
+		total, b = total+n, b[n:]
+	}
+	return total, err
+}
+
+// Flush has the client get everything that was written.
+func (p pieces) Flush() {
+	p.hurry()
+	_ = p.c.Flush() // the next Write fails
+}
+
+// hurry gives the client the time for one piece. Where there are no deadlines it is waited for.
+func (p pieces) hurry() { _ = p.c.SetWriteDeadline(time.Now().Add(stallMax)) }
