@@ -36,14 +36,11 @@ func newCouple(t *testing.T, args ...string) *couple {
 	return c
 }
 
-// steps starts the daemon anew, to do something at steps of a mark.
-func (c *couple) steps(what string) {
+// killAt starts the daemon anew, to be killed at a step of a mark.
+func (c *couple) killAt(step string) {
 	c.t.Helper()
 	c.d.Kill()
-	c.d.Env = nil
-	if what != "" {
-		c.d.Env = []string{"TIDEMARK_TEST_STEPS=" + what}
-	}
+	c.d.Steps("kill@" + step)
 	c.d.Start()
 	for _, g := range c.groups {
 		c.d.Await(g, "taken over", online)
@@ -91,7 +88,7 @@ func TestMarkOfADiskThatIsGone(t *testing.T) {
 	eachSeed(t, func(t *testing.T, rng *rand.Rand) {
 		c := newCouple(t)
 		step := []string{"intent", "one-verdict"}[rng.IntN(2)]
-		c.steps("kill@" + step)
+		c.killAt(step)
 		held := c.write(1)
 		if _, err := c.d.Verb("bookmark", "ga", "gb", "m"); err == nil {
 			t.Fatalf("the daemon was not killed at %s", step)
@@ -101,7 +98,7 @@ func TestMarkOfADiskThatIsGone(t *testing.T) {
 		if err := loop.Detach(c.disks[1].Path); err != nil {
 			t.Fatal(err)
 		}
-		c.d.Env = nil
+		c.d.Steps()
 		c.d.Start()
 		c.d.Await("gb", "without its disk", func(g *program.Group) bool { return g.State == "offline" && g.Has("offline") })
 		c.d.Await("ga", "taken over", online)
