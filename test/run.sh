@@ -1,8 +1,9 @@
 #!/bin/bash
-# Every test, in lanes side by side, as much of them is waiting: the virtual
-# machine's guests; test/live; the other packages, of which those that use real
-# disks come one at a time; staticcheck. What was skipped is counted and listed; what tests left
-# behind fails the run. What a lane says comes when it has ended.
+# Every test. Beside the packages, of which those that use real disks come one at a
+# time, as they share this kernel's numbers for devices, there are lanes for what has a
+# kernel of its own or needs none: the virtual machine's guests, and staticcheck.
+# What a lane says comes when it has ended. What was skipped is counted and
+# listed; what tests left behind fails the run.
 set -u
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/sbin:/usr/sbin
@@ -60,14 +61,12 @@ go vet ./... && go vet -tags guest,steps ./cmd/tidemark ./test/vm/... || status=
 test/generated.sh || status=1
 lane staticcheck test/staticcheck.sh
 
-all=$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}} {{join .TestImports ","}},{{join .XTestImports ","}}{{end}}' ./... | grep -v '^tidemark/test/\(vm\|live\) ')
+all=$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}} {{join .TestImports ","}},{{join .XTestImports ","}}{{end}}' ./... | grep -v '^tidemark/test/vm ')
 real=$(grep tidemark/internal/testkit <<<"$all" | cut -d' ' -f1)
 plain=$(grep -v tidemark/internal/testkit <<<"$all" | cut -d' ' -f1)
 go test -race -timeout 20m $plain || status=1
-lane live go test -race -count=1 -timeout 60m ./test/live # it begins when what it shares with the others is compiled
 go test -race -count=1 -timeout 60m -p 1 $real || status=1
 join staticcheck || status=1
-join live || status=1
 [ -z "${lanes[vm]:-}" ] || join vm || status=1
 
 after=$(left)
