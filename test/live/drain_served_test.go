@@ -8,10 +8,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"tidemark/client"
-	"tidemark/internal/testkit"
 	"tidemark/internal/testkit/program"
 )
 
@@ -31,8 +28,8 @@ func newCopies(t *testing.T, d *program.Daemon, name string, o client.Options, d
 	return c
 }
 
-// all applies and commits everything that is pending. ranges is told what is to be read from the disk.
-func (c *copies) all(ranges func(r client.Record)) {
+// all applies and commits everything that is pending.
+func (c *copies) all() {
 	c.t.Helper()
 	last := uint64(0)
 	for {
@@ -45,10 +42,6 @@ func (c *copies) all(ranges func(r client.Record)) {
 		}
 		c.kinds[b.Kind]++
 		for _, r := range b.Records {
-			if b.Kind == client.Ranges {
-				ranges(r)
-				continue
-			}
 			if b.Kind == client.Writes && r.Position <= last {
 				c.t.Errorf("position %d after %d", r.Position, last)
 			}
@@ -82,8 +75,8 @@ func TestDrainServed(t *testing.T) {
 		whole := newCopies(t, d, "whole", client.Options{}, 2, size)
 		second := newCopies(t, d, "second", client.Options{Disk: devices[1].Name()}, 2, size)
 		want := [2][]byte{make([]byte, size), make([]byte, size)}
-		whole.all(nil)
-		second.all(nil)
+		whole.all()
+		second.all()
 		for round := range 2 {
 			for range 20 {
 				i, n := rng.IntN(2), 512*(1+rng.Int64N(16))
@@ -100,8 +93,8 @@ func TestDrainServed(t *testing.T) {
 				d.Restart()
 				d.Await("g", "online", online)
 			}
-			whole.all(nil)
-			second.all(nil)
+			whole.all()
+			second.all()
 			for i := range want {
 				same(t, fmt.Sprintf("round %d, disk %d of the copy of all", round, i), want[i], whole.disks[i])
 			}
@@ -112,49 +105,4 @@ func TestDrainServed(t *testing.T) {
 			t.Errorf("batches %v and %v", whole.kinds, second.kinds)
 		}
 	})
-}
-
-// TestDrainMetadata: where payloads are not captured a consumer that asked for it is
-// told what changed as ranges, to be read from the disk, and everybody gets the
-// content as a fill when the disk is known again.
-func TestDrainMetadata(t *testing.T) {
-	const size = 4 * mib
-	disk := testkit.NewDisk(t, size)
-	d := program.New(t)
-	d.Protect("g", "--seal-every", "50ms", "--metadata-only", disk.Path)
-	told, plain := newCopies(t, d, "told", client.Options{Ranges: true}, 1, size), newCopies(t, d, "plain", client.Options{}, 1, size)
-	none := func(client.Record) {}
-	known := func() { // a group without payloads never counts as protected
-		d.Await("g", "known", func(g *program.Group) bool { return g.Since > 0 && g.Gap() == 0 && g.Captured == g.Durable })
-	}
-	known()
-	told.all(none)
-	plain.all(none)
-	f, buf := open(t, disk.Path, unix.O_DIRECT), aligned(t, 64<<10)
-	testkit.Fill(buf, 0, mib, 1)
-	if _, err := f.WriteAt(buf, mib); err != nil {
-		t.Fatal(err)
-	}
-	covered := false
-	program.Eventually(t, patience, "the copies have the write", func() error {
-		known()
-		told.all(func(r client.Record) {
-			covered = covered || r.Offset <= mib && r.Offset+r.Length >= mib+int64(len(buf))
-			if r.Payload != nil || r.Op != client.Read {
-				t.Errorf("a range to be read: %+v", r)
-			}
-		})
-		plain.all(none)
-		for _, name := range []string{"told", "plain"} {
-			if c := consumerOf(t, d, "g", name); c.Behind > 0 || c.NeedsFill {
-				return fmt.Errorf("consumer %s is %+v", name, c)
-			}
-		}
-		return nil
-	})
-	same(t, "the copy that was told of ranges", content(t, disk.Path), told.disks[0])
-	same(t, "the other copy", content(t, disk.Path), plain.disks[0])
-	if !covered || told.kinds[client.Ranges] == 0 || plain.kinds[client.Ranges] > 0 || plain.kinds[client.Writes] > 0 {
-		t.Errorf("the range of the write was told: %t; batches %v and %v", covered, told.kinds, plain.kinds)
-	}
 }
