@@ -53,7 +53,8 @@ type found struct {
 }
 
 // fileErrors are those that callers branch on, by name.
-var fileErrors = map[string]error{"refused": diff.ErrRefused, "corrupt": diff.ErrCorrupt, "absent": fs.ErrNotExist, "full": unix.ENOSPC}
+var fileErrors = map[string]error{"refused": diff.ErrRefused, "corrupt": diff.ErrCorrupt, "absent": fs.ErrNotExist, "full": unix.ENOSPC,
+	"denied": fs.ErrPermission, "errors": unix.EIO}
 
 // fileTask does a task of difference storage in a helper.
 func (s *Server) fileTask(t diff.Task) (diff.Done, error) {
