@@ -3,6 +3,8 @@ package disk
 import (
 	"context"
 	"errors"
+	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -84,7 +86,29 @@ type Uevent struct {
 	Name    string // kernel name; empty: some were missed, of any device
 	Action  string // "add", "remove", "change" and others
 	Resized bool   // its size changed, perhaps back to what it was by now
+	// Resumed: device-mapper put a table of it in use, one that it had or another. Nothing
+	// else tells of a table that was another one for a while (docs/kernel-notes.md).
+	Resumed bool
+	Seq     uint64 // its number among all events of the kernel; see Told
 }
+
+// Told is the number of the newest event that the kernel has sent: what it tells
+// from now on has a higher one. 0: that cannot be had here.
+func Told() uint64 {
+	text, err := os.ReadFile("/sys/kernel/uevent_seqnum")
+	if err != nil {
+		return 0
+	}
+	seq, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
+	if err != nil {
+		return 0
+	}
+	return seq
+}
+
+// heldBytes is room for some thousand events that nobody has read yet: of those that do
+// not fit is only known that they were.
+const heldBytes = 8 << 20
 
 // Listen calls fn for every event of a block device until ctx ends. It returns
 // at once where the kernel does not let us listen: polling has to do then.
@@ -97,6 +121,7 @@ func Listen(ctx context.Context, fn func(Uevent)) {
 	if unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1}) != nil {
 		return
 	}
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, heldBytes) // without privileges it is what it is
 	// So that the end of ctx is noticed.
 	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 200_000})
 	buf := make([]byte, 16<<10)
@@ -118,6 +143,7 @@ func Listen(ctx context.Context, fn func(Uevent)) {
 
 // parseUevent reads a message of the kernel; not ok: it is not about a block device.
 func parseUevent(msg []byte) (e Uevent, ok bool) {
+	of := "" // whom else but device-mapper's resume it is of
 	for field := range strings.SplitSeq(string(msg), "\x00") {
 		key, value, _ := strings.Cut(field, "=")
 		switch key {
@@ -129,7 +155,12 @@ func parseUevent(msg []byte) (e Uevent, ok bool) {
 			e.Name = strings.ReplaceAll(strings.TrimPrefix(value, "/dev/"), "/", "!")
 		case "RESIZE":
 			e.Resized = value == "1"
+		case "SEQNUM":
+			e.Seq, _ = strconv.ParseUint(value, 10, 64)
+		case "SYNTH_UUID", "DM_ACTION", "DISK_RO", "DISK_MEDIA_CHANGE", "DISK_EJECT_REQUEST": // asked for by udev, a path, and so on
+			of = key
 		}
 	}
+	e.Resumed = strings.HasPrefix(e.Name, "dm-") && e.Action == "change" && of == ""
 	return e, ok
 }

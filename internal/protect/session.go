@@ -83,7 +83,7 @@ type session struct {
 	stillLooks int // of watch, in a row, in which nothing was written or on its way
 	watched    watched
 	untold     untold
-	resized    string // name of a disk that the kernel said has another size
+	unseen     string // what the kernel told of a disk that is not to be seen any more
 	salvaging  bool   // the ring is of a source that has ended
 	forsaken   bool   // the tap must not be taken over: the history lacks that a disk changed
 

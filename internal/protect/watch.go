@@ -27,18 +27,19 @@ type watched struct {
 // more bytes written than were traced. Each makes the disks unknown as a whole.
 func (s *session) watch() error {
 	s.checkClock(time.Now())
+	unseen := s.unseen
+	s.unseen = ""
 	for i := range s.disks {
-		if err := s.glance(i); err != nil {
+		changed, err := s.glance(i)
+		if err != nil {
 			return err
+		}
+		if changed {
+			unseen = "" // it is seen
 		}
 	}
-	// A size that changed and changed back is not to be seen any more, and what
-	// lay beyond the smaller one is gone.
-	if name := s.resized; name != "" {
-		s.resized = ""
-		if err := s.distrust(fmt.Sprintf("disk %s: its size changed, and changed back", name)); err != nil {
-			return err
-		}
+	if err := s.distrust(unseen); err != nil {
+		return err
 	}
 	// The kernel's counts first: it counts bytes when they end, the tap when they
 	// are queued, so what is read in this order can only fall short of the tap's.
@@ -122,12 +123,12 @@ func (s *session) distrust(why string) error {
 }
 
 // glance looks whether a disk is still what it was.
-func (s *session) glance(i int) error {
-	changed, err := s.disks[i].look()
+func (s *session) glance(i int) (changed bool, err error) {
+	what, err := s.disks[i].look()
 	if err != nil {
-		return s.lose(err)
+		return true, s.lose(err)
 	}
-	return s.distrust(changed)
+	return what != "", s.distrust(what)
 }
 
 // lose ends the session because a disk is not there any more as it was. It may
@@ -161,10 +162,26 @@ func (s *session) told(e disk.Uevent) {
 			continue
 		}
 		s.lastWatch = time.Time{}
-		if e.Resized {
-			s.resized = e.Name
+		if why := unseen(d, e); why != "" {
+			s.unseen = why
 		}
 	}
+}
+
+// unseen says what has happened to a disk that may not be to be seen any more: of a
+// size that changed and changed back what lay beyond the smaller one is gone, and
+// what was written while a volume had another table went elsewhere.
+func unseen(d target, e disk.Uevent) string {
+	t, ok := d.(*tappedDisk)
+	switch {
+	case e.Resized:
+		return fmt.Sprintf("disk %s: its size changed, and changed back", e.Name)
+	case e.Resumed:
+		return fmt.Sprintf("disk %s: somebody suspended and resumed it, and it may have had another table meanwhile", e.Name)
+	case e.Name == "" && ok && t.Mapping != nil:
+		return fmt.Sprintf("disk %s: the kernel told more than could be heard, and it may have had another table meanwhile", t.cfg.Name)
+	}
+	return ""
 }
 
 // crossCheck compares the bytes that the kernel counted with those that were

@@ -2,9 +2,11 @@ package protect
 
 import (
 	"context"
+	"strings"
 	"testing"
 	"time"
 
+	"tidemark/internal/disk"
 	"tidemark/internal/source"
 )
 
@@ -50,5 +52,29 @@ func TestWithin(t *testing.T) {
 	close(hang)
 	if n := <-late; n != 8 {
 		t.Errorf("what came late: %d", n)
+	}
+}
+
+// TestTold: what the kernel tells of a disk of the group has it looked at in the next
+// round; what may not be to be seen any more then is kept.
+func TestTold(t *testing.T) {
+	volume := &tappedDisk{Info: &disk.Info{Name: "dm-3", Whole: "dm-3", Mapping: &disk.Mapping{}}, cfg: DiskConfig{Name: "data"}}
+	plain := &tappedDisk{Info: &disk.Info{Name: "sda1", Whole: "sda"}, cfg: DiskConfig{Name: "sda1"}}
+	for name, c := range map[string]struct {
+		event  disk.Uevent
+		look   bool
+		unseen string
+	}{
+		"of another disk": {disk.Uevent{Name: "dm-4", Action: "change", Resumed: true}, false, ""},
+		"changed":         {disk.Uevent{Name: "dm-3", Action: "change"}, true, ""},
+		"resumed":         {disk.Uevent{Name: "dm-3", Action: "change", Resumed: true}, true, "another table"},
+		"resized":         {disk.Uevent{Name: "sda", Action: "change", Resized: true}, true, "its size changed"},
+		"some were lost":  {disk.Uevent{}, true, "disk data: the kernel told more than could be heard"},
+	} {
+		s := &session{disks: []target{volume, plain}, lastWatch: time.Now()}
+		s.told(c.event)
+		if s.lastWatch.IsZero() != c.look || (s.unseen == "") != (c.unseen == "") || !strings.Contains(s.unseen, c.unseen) {
+			t.Errorf("%s: looked at at once: %v, unseen %q", name, s.lastWatch.IsZero(), s.unseen)
+		}
 	}
 }

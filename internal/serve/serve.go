@@ -106,6 +106,8 @@ type Device struct {
 	givenBack bool      // the volume has its own table again
 	lost      bool      // it has another table
 	tried     time.Time // when it was last tried to splice a lost one again
+	heard     uint64    // the kernel's event up to which it is known what its volume led to
+	resumed   bool      // somebody has put a table of its volume in use since, for a while perhaps another one
 
 	was  *disk.Identity // of the backing, where that is a disk, when it was last looked at
 	disk incarnation    // of the backing
@@ -464,12 +466,15 @@ type parts struct {
 	stack  *stack.Stack
 	part   snapshot.Device
 	served served
+
+	heard   uint64
+	resumed bool
 }
 
 func (d *Device) now() parts {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return parts{d.spec, d.lower, d.stack, d.part, d.served}
+	return parts{d.spec, d.lower, d.stack, d.part, d.served, d.heard, d.resumed}
 }
 
 func (d *Device) set(change func()) {

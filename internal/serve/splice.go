@@ -199,7 +199,11 @@ func (s *Server) lead(c *dm.Control, d *Device) error {
 	if err := s.guard(d); err != nil {
 		return err
 	}
-	return d.spec.Splice.In(c, major, minor)
+	if err := d.spec.Splice.In(c, major, minor); err != nil {
+		return err
+	}
+	d.set(func() { d.heard = disk.Told() })
+	return nil
 }
 
 func numberOf(node string) (major, minor uint32, err error) {
@@ -222,11 +226,13 @@ func (s *Server) leadBack(ctx context.Context, d *Device) error {
 		return err
 	}
 	d.spec.Splice.Upper = splice.Upper(major, minor)
+	told := disk.Told()
 	if err := d.spec.Splice.Check(c); replacedOrGone(err) {
 		return s.replaced(ctx, c, d)
 	} else if err != nil {
 		return err
 	}
+	d.set(func() { d.heard, d.resumed = told, false })
 	if err := s.guard(d); err != nil { // the volume works, which is more
 		s.env.Log.Error("a spliced volume has no guard", "device", d.spec.Name, "error", err)
 		s.unguarded(d, err)

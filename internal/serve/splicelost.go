@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"tidemark/internal/disk"
 	"tidemark/internal/dm"
 	"tidemark/internal/health"
 	"tidemark/internal/splice"
@@ -42,6 +43,9 @@ func (s *Server) Leads(name string) error {
 	if now.spec.Splice == nil || now.served == nil {
 		return nil
 	}
+	if now.resumed {
+		return fmt.Errorf("%s may have had another table for a while: %w", now.spec.Splice.Name, splice.ErrReplaced)
+	}
 	c, err := dm.Open()
 	if err != nil {
 		return nil // nobody has seen it lead elsewhere
@@ -51,6 +55,31 @@ func (s *Server) Leads(name string) error {
 		return err
 	}
 	return nil
+}
+
+// resumed notes that somebody has put a table of a volume in use: the kernel tells
+// of that and not of which table it was, and by now it may be ours again.
+func (s *Server) resumed(e disk.Uevent) {
+	for _, d := range s.list() {
+		d.set(func() {
+			if sp := d.spec.Splice; sp != nil && d.heard > 0 && (e.Name == "" || e.Seq > d.heard && e.Name == fmt.Sprintf("dm-%d", sp.Minor)) {
+				d.resumed = true
+			}
+		})
+	}
+}
+
+// doubted begins anew where the volume leads to its device, and may have led past
+// it for a while.
+func (s *Server) doubted(d *Device) {
+	name, volume := d.spec.Name, d.spec.Splice.Name
+	s.env.Log.Warn("somebody resumed a spliced volume, which may have had another table meanwhile", "device", name, "volume", volume)
+	d.set(func() { d.resumed = false }) // first: the next one is to be noted
+	s.bypassed(d)
+	d.part.Changes.Reset()
+	d.health.Raise(health.Condition{Code: "splice-replaced", Severity: health.Info, Subject: name,
+		Detail: fmt.Sprintf("Somebody suspended and resumed the volume %s, and nobody can tell whether it had another table meanwhile: its change map begins a new generation.", volume),
+		Remedy: "Take a full copy next."})
 }
 
 // bypassed declares lost what the filters of a device keep.
@@ -170,7 +199,8 @@ const lostEvery = time.Second
 
 // checkSplices looks where the spliced volumes lead.
 func (s *Server) checkSplices(ctx context.Context) {
-	if !s.changes.TryLock() { // a splice is being made; the next tick looks again
+	if !s.changes.TryLock() { // a device is being made or removed, which waits for nothing of this one
+		time.AfterFunc(afterArrival, s.changed.give)
 		return
 	}
 	defer s.changes.Unlock()
@@ -188,6 +218,8 @@ func (s *Server) checkSplices(ctx context.Context) {
 			if err := s.replaced(ctx, c, d); err != nil {
 				s.env.Log.Error("a spliced volume has got another table", "device", d.spec.Name, "error", err)
 			}
+		case d.now().resumed:
+			s.doubted(d)
 		}
 	}
 }

@@ -32,6 +32,9 @@ func (h hint) give() {
 // listen makes hints of what the kernel tells of block devices, until ctx ends.
 func (s *Server) listen(ctx context.Context) {
 	disk.Listen(ctx, func(e disk.Uevent) {
+		if e.Name == "" || e.Resumed {
+			s.resumed(e)
+		}
 		if e.Name == "" || e.Action == "remove" || strings.HasPrefix(e.Name, "dm-") {
 			s.changed.give()
 		}
