@@ -18,7 +18,7 @@ import (
 // errPower ends a guest as a power cut does.
 var errPower = errors.New("the power was cut")
 
-// TestPowerCut: the power of a guest is cut under load, by killing its emulator, and its
+// TestPowerCut comes after the long tests, which go on beside it: the power of a guest is cut under load, by killing its emulator, and its
 // disks lose of what was not flushed any part, cut at sectors. What is to be true
 // after that is looked at in the guest's next start: test/vm/guest, by the same name.
 func TestPowerCut(t *testing.T) {
