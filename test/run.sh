@@ -39,11 +39,10 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# left lists what tests make in the kernel and in memory: it must be the same after
-# them. A loop device of a served device has the root of a file system without a place as its file.
+# left lists what tests make in the kernel: it must be the same after them.
 left() {
-	losetup --list --noheadings --output NAME,BACK-FILE 2>/dev/null | grep -E '/(tidemark-test-|tidemark-demo-|Test)|[[:space:]]/$' | sed 's/^/loop device /'
-	for path in /sys/fs/bpf/tidemark/*/* /dev/shm/tidemark-*; do [ ! -e "$path" ] || echo "$path"; done
+	losetup --list --noheadings --output NAME,BACK-FILE 2>/dev/null | grep -E '/(tidemark-test-|tidemark-demo-|Test)' | sed 's/^/loop device /'
+	for pin in /sys/fs/bpf/tidemark/*/*; do [ -e "$pin" ] && echo "tap $pin"; done
 	awk '$2 ~ /\/(tidemark-test-|tidemark-demo-|Test)/ || $1 ~ /tidemark/ {print "mount " $1 " on " $2}' /proc/mounts
 	[ ! -e /dev/mapper/control ] || dmsetup ls 2>/dev/null | grep -v '^No devices' | sed 's/^/mapping /'
 	grep -ls qemu-system-x86 /proc/[0-9]*/comm | sed 's/^/process /'

@@ -169,6 +169,7 @@ func processesOf(dir string, pid int) (left []string) {
 func TestKilledWhileStorageGrows(t *testing.T) {
 	testkit.Need(t, "root", "loop", "fuse", "ext4")
 	dir := testkit.Dir(t)
+	t.Cleanup(func() { _ = os.RemoveAll(filepath.Join("/dev/shm", stateMark(filepath.Join(dir, "state")))) }) // of a snapshot that nobody ends
 	if err := os.WriteFile(filepath.Join(dir, "image"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
