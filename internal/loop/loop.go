@@ -4,7 +4,6 @@
 package loop
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -46,8 +45,6 @@ type Options struct {
 	Offset    int64 // bytes into the file
 	SizeLimit int64 // bytes; 0 is up to the end
 	BlockSize int   // logical block size in bytes; 0 is 512
-	// Name is what the kernel keeps as the file's, for Named: of up to 63 bytes. "" is the file's own.
-	Name string
 }
 
 func (o Options) flags() uint32 {
@@ -122,7 +119,7 @@ func configure(n int, f *os.File, o Options) (*Device, error) {
 	cfg := unix.LoopConfig{Fd: uint32(f.Fd()), Size: uint32(o.BlockSize)}
 	cfg.Info.Flags = o.flags()
 	cfg.Info.Offset, cfg.Info.Sizelimit = uint64(o.Offset), uint64(o.SizeLimit)
-	copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], cmp.Or(o.Name, f.Name()))
+	copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], f.Name())
 	if err := unix.IoctlLoopConfigure(int(dev.Fd()), &cfg); err != nil {
 		dev.Close()
 		return nil, fmt.Errorf("attaching %s to %s: %w", f.Name(), path, err)

@@ -5,11 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // Info is what the kernel says of an attached device.
@@ -65,44 +62,6 @@ func List() ([]Info, error) {
 		out = append(out, info)
 	}
 	return out, nil
-}
-
-// pathless is the backing file of a device over a file that is mounted nowhere.
-const pathless = "/"
-
-// Pathless describes the devices over files that are mounted nowhere, but for
-// those that detach themselves. Some may be somebody else's, in use: see Named.
-func Pathless() ([]Info, error) {
-	all, err := List()
-	return slices.DeleteFunc(all, func(i Info) bool { return i.Backing != pathless || i.AutoClear }), err
-}
-
-// Named gives those of Pathless that were attached with such a Name. It opens
-// each: one that does not answer keeps the caller waiting.
-func Named(such func(name string) bool) (found []Info, err error) {
-	all, err := Pathless()
-	if err != nil {
-		return nil, err
-	}
-	for _, i := range all {
-		if name, err := nameOf(i.Path); err == nil && such(name) { // an error: it is gone
-			found = append(found, i)
-		}
-	}
-	return found, nil
-}
-
-func nameOf(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
-	if err != nil {
-		return "", err
-	}
-	return unix.ByteSliceToString(info.File_name[:]), nil
 }
 
 // backing is the backing file as sysfs tells it, or "".

@@ -69,7 +69,7 @@ func newFronts(env *Env) map[string]front {
 	return map[string]front{
 		FrontUblk:      ublkFront{},
 		FrontNBD:       nbdFront{env.Log},
-		FrontLoop:      loopFront{env.Helper, loopName(env.StateDir)},
+		FrontLoop:      loopFront{env.Helper},
 		FrontNBDServer: nbdServer{filepath.Join(env.StateDir, "devices"), env.Log},
 	}
 }

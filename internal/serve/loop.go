@@ -13,14 +13,7 @@ import (
 
 // loopFront shows a device as a loop device over a FUSE file. It needs nothing
 // but those two, and cannot outlive its server: requests fail when that ends.
-type loopFront struct {
-	helper []string
-	mark   string // the state folder's: see loopName
-}
-
-// loopName begins what the kernel calls the files of the loop devices that a
-// daemon with this state folder shows.
-func loopName(state string) string { return stateMark(state) + ":" }
+type loopFront struct{ helper []string }
 
 type loopServed struct{ *fuseloop.Presented }
 
@@ -40,8 +33,7 @@ func (f loopFront) serve(ctx context.Context, spec Spec, dev shown, memory json.
 	if err := f.forget(ctx, spec, memory); err != nil {
 		return nil, err
 	}
-	p, err := fuseloop.Present(ctx, f.helper, dev, loop.Options{DirectIO: true, ReadOnly: spec.ReadOnly, PartScan: true,
-		BlockSize: int(dev.limits.LogicalBlock), Name: f.name(spec)})
+	p, err := fuseloop.Present(ctx, f.helper, dev, loop.Options{DirectIO: true, ReadOnly: spec.ReadOnly, PartScan: true, BlockSize: int(dev.limits.LogicalBlock)})
 	if err != nil {
 		return nil, err
 	}
@@ -54,23 +46,18 @@ type loopMemory struct {
 	Seq  uint64 `json:"disk_sequence"`
 }
 
-func (f loopFront) name(spec Spec) string { return f.mark + spec.ID }
-
-// forget also takes away a device that a process made which was killed before it
-// could remember it.
-func (f loopFront) forget(ctx context.Context, spec Spec, memory json.RawMessage) error {
+func (f loopFront) forget(ctx context.Context, _ Spec, memory json.RawMessage) error {
 	var m loopMemory
-	if len(memory) > 0 {
-		if err := json.Unmarshal(memory, &m); err != nil {
-			return fmt.Errorf("%w: %w", ErrDamaged, err)
-		}
+	if len(memory) == 0 {
+		return nil
 	}
-	if m.Seq != 0 && diskSeq(m.Path) == m.Seq { // otherwise it is long gone
-		if err := fuseloop.Forget(ctx, f.helper, m.Path); err != nil {
-			return err
-		}
+	if err := json.Unmarshal(memory, &m); err != nil {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	return fuseloop.ForgetNamed(ctx, f.helper, f.name(spec))
+	if m.Seq == 0 || diskSeq(m.Path) != m.Seq {
+		return nil // long gone
+	}
+	return fuseloop.Forget(ctx, f.helper, m.Path)
 }
 
 func (s loopServed) kernel() string { return s.Path }

@@ -96,16 +96,6 @@ func Forget(ctx context.Context, helper []string, path string) error {
 	return (&Presented{helper: helper}).run(ctx, "detach", path)
 }
 
-// ForgetNamed is Forget for every device that was attached with this name, by a
-// server that did not live to tell where.
-func ForgetNamed(ctx context.Context, helper []string, name string) error {
-	some, err := loop.Pathless()
-	if err != nil || len(some) == 0 {
-		return err
-	}
-	return (&Presented{helper: helper}).run(ctx, "detach-named", name)
-}
-
 func (p *Presented) run(ctx context.Context, args ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, helperTime)
 	defer cancel()
@@ -224,8 +214,6 @@ func HelperMain(args []string) error {
 		err = helpResize(args[1])
 	case "detach":
 		err = loop.Detach(args[1])
-	case "detach-named":
-		err = helpDetachNamed(args[1])
 	default:
 		err = fmt.Errorf("no action %q", args[0])
 	}
@@ -260,14 +248,6 @@ func helpAttach(conn *net.UnixConn, opts string) (string, error) {
 		return "", err
 	}
 	return dev.Path, dev.Close()
-}
-
-func helpDetachNamed(name string) error {
-	found, err := loop.Named(func(n string) bool { return n == name })
-	for _, i := range found {
-		err = errors.Join(err, loop.Detach(i.Path))
-	}
-	return err
 }
 
 // helpResize has the kernel ask for the file's size, then tells the loop device.

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"strings"
@@ -141,29 +140,5 @@ func TestPresentFails(t *testing.T) {
 	defer cancel()
 	if _, err := Present(ctx, []string{"sleep", "60"}, newGrown(diskSize), loop.Options{}); err == nil {
 		t.Error("a helper that hangs, and no error")
-	}
-}
-
-// TestForgetNamed: a device is found by its name where nobody was told its number.
-func TestForgetNamed(t *testing.T) {
-	testkit.Need(t, "root", "loop", "fuse")
-	name := fmt.Sprint("tidemark-test:", os.Getpid())
-	p, err := Present(t.Context(), helper(), newGrown(diskSize), loop.Options{DirectIO: true, Name: name})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = p.Detach(context.Background()) })
-	if err := ForgetNamed(t.Context(), helper(), name+"0"); err != nil {
-		t.Fatal(err)
-	}
-	before, err := loop.Status(p.Path)
-	if err != nil {
-		t.Fatalf("another's name took it away: %v", err)
-	}
-	if err := ForgetNamed(t.Context(), helper(), name); err != nil {
-		t.Fatal(err)
-	}
-	if now, err := loop.Status(p.Path); err == nil && now.DiskSeq == before.DiskSeq {
-		t.Errorf("%s is still there", p.Path)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -76,24 +77,38 @@ func memory(state string) string {
 	return filepath.Join("/dev/shm", "tidemark-"+hex.EncodeToString(sum[:8]))
 }
 
-// detachLoops takes away the loop devices that a daemon served. Whoever has one
-// open gets nothing but errors from it, and it goes with them.
-func detachLoops(state string) error {
-	if os.Geteuid() != 0 {
-		return nil // it can have none
-	}
-	found, err := loops(state)
-	for _, i := range found {
-		if e := loop.Detach(i.Path); !errors.Is(e, loop.ErrBusy) {
+// detachLoops takes away the loop devices that a daemon served, which it remembers in
+// its state folder. Whoever has one open gets nothing but errors from it, and it goes with them.
+func detachLoops(state string) (err error) {
+	for _, l := range loops(state) {
+		if e := loop.Detach(l.Path); !errors.Is(e, loop.ErrBusy) {
 			err = errors.Join(err, e)
 		}
 	}
 	return err
 }
 
-// loops are the loop devices of the daemons of a state folder, as internal/serve names them.
-func loops(state string) ([]loop.Info, error) {
-	return loop.Named(func(name string) bool { return strings.HasPrefix(name, filepath.Base(memory(state))+":") })
+// loops are the loop devices that a state folder remembers and that are still attached.
+func loops(state string) (found []loop.Info) {
+	paths, _ := filepath.Glob(filepath.Join(state, "devices", "*.json")) // a pattern without faults
+	for _, path := range paths {
+		var r struct {
+			Record struct {
+				Memory struct {
+					Path string `json:"path"`
+					Seq  uint64 `json:"disk_sequence"`
+				} `json:"memory"`
+			} `json:"record"`
+		}
+		text, err := os.ReadFile(path)
+		if err != nil || json.Unmarshal(text, &r) != nil || !strings.HasPrefix(r.Record.Memory.Path, "/dev/loop") {
+			continue // of another front
+		}
+		if i, err := loop.Status(r.Record.Memory.Path); err == nil && i.DiskSeq == r.Record.Memory.Seq {
+			found = append(found, i)
+		}
+	}
+	return found
 }
 
 // removePins removes a daemon's taps, as nobody will adopt them any more.

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"tidemark/internal/loop"
 	"tidemark/internal/testkit"
 )
 
@@ -28,8 +29,9 @@ func TestSweep(t *testing.T) {
 			d.Run("device", "create", "--front", "loop", "--backing", image, "--name", "served")
 			d.Protect("tapped", disk.Path)
 			d.Protect("captured", "served")
-			if found, err := loops(d.State); err != nil || len(found) != 1 {
-				t.Fatalf("its loop devices: %+v, %v", found, err)
+			served := loops(d.State)
+			if len(served) != 1 {
+				t.Fatalf("its loop devices: %+v", served)
 			}
 			instance, err := os.ReadFile(filepath.Join(d.State, "instance"))
 			if err != nil {
@@ -48,8 +50,8 @@ func TestSweep(t *testing.T) {
 			case <-time.After(dumpMax):
 				t.Error("the daemon lives")
 			}
-			if found, err := loops(d.State); err != nil || len(found) > 0 {
-				t.Errorf("left are the loop devices %+v, %v", found, err)
+			if now, err := loop.Status(served[0].Path); err == nil && now.DiskSeq == served[0].DiskSeq {
+				t.Errorf("%s is left", now.Path)
 			}
 			for _, path := range []string{memory(d.State), taps, d.Dir} {
 				if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
