@@ -36,11 +36,16 @@ const (
 	unregisterBuffers = 1
 	registerFiles     = 2
 	registerProbe     = 8
+	registerBuffers2  = 15
+
+	rsrcSparse = 1 << 0
 
 	offSQRing = 0
 	offSQEs   = 0x10000000
 
 	sqeFixedFile = 1 << 0
+	sqeLink      = 1 << 2
+	sqeHardLink  = 1 << 3
 	// fsyncDataOnly leaves out metadata that is not needed to read the data back.
 	fsyncDataOnly = 1 << 0
 
@@ -121,10 +126,16 @@ type probe struct {
 	ops            [256]probeOp
 }
 
+type rsrcRegister struct {
+	nr, flags uint32
+	_         [3]uint64
+}
+
 // What the layouts above must be; a mistake does not compile.
 var (
 	_ [sqeSize]byte = [unsafe.Sizeof(SQE{})]byte{}
 	_ [16]byte      = [unsafe.Sizeof(CQE{})]byte{}
 	_ [120]byte     = [unsafe.Sizeof(params{})]byte{}
 	_ [24]byte      = [unsafe.Sizeof(getEventsArg{})]byte{}
+	_ [32]byte      = [unsafe.Sizeof(rsrcRegister{})]byte{}
 )

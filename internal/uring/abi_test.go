@@ -36,6 +36,8 @@ func TestLayoutAgainstHeader(t *testing.T) {
 		{Expr: "IORING_REGISTER_BUFFERS", Want: registerBuffers}, {Expr: "IORING_UNREGISTER_BUFFERS", Want: unregisterBuffers},
 		{Expr: "IORING_REGISTER_FILES", Want: registerFiles}, {Expr: "IORING_REGISTER_PROBE", Want: registerProbe},
 		{Expr: "IORING_OFF_SQ_RING", Want: offSQRing}, {Expr: "IORING_OFF_SQES", Want: offSQEs}, {Expr: "IOSQE_FIXED_FILE", Want: sqeFixedFile},
+		{Expr: "IOSQE_IO_LINK", Want: sqeLink}, {Expr: "IOSQE_IO_HARDLINK", Want: sqeHardLink},
+		{Expr: "IORING_REGISTER_BUFFERS2", Want: registerBuffers2}, {Expr: "IORING_RSRC_REGISTER_SPARSE", Want: rsrcSparse}, {Expr: "sizeof(struct io_uring_rsrc_register)", Want: unsafe.Sizeof(rsrcRegister{})},
 		{Expr: "IORING_FSYNC_DATASYNC", Want: fsyncDataOnly}, {Expr: "IO_URING_OP_SUPPORTED", Want: opSupported},
 	}, "linux/io_uring.h")
 }

@@ -32,6 +32,25 @@ func (q *SQE) Fixed(i int) {
 	q.BufIndex = uint16(i)
 }
 
+// ReadBuffer and WriteBuffer read and write n bytes at byte off of a file, from
+// and to the beginning of registered buffer i, which need not be memory of this process.
+func (q *SQE) ReadBuffer(fd, i, n int, off int64, data uint64) {
+	q.Opcode, q.FD, q.BufIndex, q.Len, q.Off, q.UserData = OpReadFixed, int32(fd), uint16(i), uint32(n), uint64(off), data
+}
+
+// WriteBuffer is as ReadBuffer is.
+func (q *SQE) WriteBuffer(fd, i, n int, off int64, data uint64) {
+	q.ReadBuffer(fd, i, n, off, data)
+	q.Opcode = OpWriteFixed
+}
+
+// Link has the next entry wait for this one, and be cancelled (ECANCELED) where
+// this one fails or is short.
+func (q *SQE) Link() { q.Flags |= sqeLink }
+
+// LinkAlways is Link for a next one that is done also where this one fails.
+func (q *SQE) LinkAlways() { q.Flags |= sqeHardLink }
+
 // FixedFile says that the file is a number of RegisterFiles, not a descriptor.
 func (q *SQE) FixedFile() { q.Flags |= sqeFixedFile }
 

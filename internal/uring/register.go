@@ -30,6 +30,15 @@ func (r *Ring) RegisterBuffers(bufs [][]byte) error {
 	return nil
 }
 
+// RegisterTable makes a table of n buffers that drivers fill (5.19).
+func (r *Ring) RegisterTable(n int) error {
+	arg := &rsrcRegister{nr: uint32(n), flags: rsrcSparse}
+	if err := r.register(registerBuffers2, unsafe.Pointer(arg), int(unsafe.Sizeof(*arg))); err != nil {
+		return fmt.Errorf("registering a table of %d buffers with an io_uring: %w", n, err)
+	}
+	return nil
+}
+
 // UnregisterBuffers lets go of them.
 func (r *Ring) UnregisterBuffers() error { return r.register(unregisterBuffers, nil, 0) }
 

@@ -248,3 +248,42 @@ func TestEntriesAreClean(t *testing.T) {
 		}
 	}
 }
+
+// TestLinks: what follows a failure is cancelled, or done all the same; a place of a
+// table in which no driver has put anything is no memory.
+func TestLinks(t *testing.T) {
+	r := newRing(t, Config{Entries: 4})
+	if err := r.RegisterTable(1); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(filepath.Join(t.TempDir(), "f"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, always := range []bool{false, true} {
+		q := r.Next()
+		q.WriteBuffer(int(f.Fd()), 0, 4096, 0, 0)
+		if q.Link(); always {
+			q.LinkAlways()
+		}
+		r.Next().Nop(1)
+		res := [2]int32{1, 1}
+		for left := 2; left > 0; {
+			if err := r.SubmitFor(1, 10*time.Second); err != nil {
+				t.Fatal(err)
+			}
+			for c, ok := r.Reap(); ok; c, ok = r.Reap() {
+				res[c.UserData] = c.Res
+				left--
+			}
+		}
+		want := -int32(unix.ECANCELED)
+		if always {
+			want = 0
+		}
+		if res != [2]int32{-int32(unix.EFAULT), want} {
+			t.Errorf("always %v: %v", always, res)
+		}
+	}
+}

@@ -24,6 +24,8 @@ const (
 const (
 	IOFetch          = 0x20
 	IOCommitAndFetch = 0x21
+	IORegisterBuf    = 0x23 // 6.15, encoded only: Addr is a number of the ring's table
+	IOUnregisterBuf  = 0x24
 
 	ResOK    = 0
 	ResAbort = -19 // -ENODEV: there is nothing more to fetch
@@ -47,11 +49,13 @@ func Encode(nr uint32) uint32 {
 
 // Flags of a device and of a kernel (features).
 const (
+	FlagZeroCopy            = 1 << 0
 	FlagUserRecovery        = 1 << 3
 	FlagUserRecoveryReissue = 1 << 4
 	FlagIoctlEncode         = 1 << 6
 	FlagUserCopy            = 1 << 7
 	FlagUpdateSize          = 1 << 10
+	FlagRegisterAnywhere    = 1 << 14 // IORegisterBuf may come from any thread and ring (6.17)
 )
 
 // States of a device.

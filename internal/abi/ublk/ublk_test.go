@@ -32,7 +32,7 @@ func TestAgainstHeader(t *testing.T) {
 		{Expr: "UBLK_IO_OP_WRITE_ZEROES", Want: OpWriteZeroes}, {Expr: "UBLK_IO_F_FUA", Want: flagFUA}, {Expr: "UBLK_MAX_QUEUE_DEPTH", Want: MaxQueueDepth}, {Expr: "UBLKSRV_IO_BUF_OFFSET", Want: BufOffset},
 		{Expr: "-UBLK_IO_RES_ABORT", Want: -ResAbort}, {Expr: "UBLK_IO_RES_OK", Want: ResOK},
 		{Expr: "UBLK_S_DEV_DEAD", Want: StateDead}, {Expr: "UBLK_S_DEV_LIVE", Want: StateLive}, {Expr: "UBLK_S_DEV_QUIESCED", Want: StateQuiesced},
-		{Expr: "UBLK_F_USER_RECOVERY", Want: FlagUserRecovery}, {Expr: "UBLK_F_USER_RECOVERY_REISSUE", Want: FlagUserRecoveryReissue},
+		{Expr: "UBLK_F_SUPPORT_ZERO_COPY", Want: FlagZeroCopy}, {Expr: "UBLK_F_USER_RECOVERY", Want: FlagUserRecovery}, {Expr: "UBLK_F_USER_RECOVERY_REISSUE", Want: FlagUserRecoveryReissue},
 		{Expr: "UBLK_CMD_ADD_DEV", Want: CmdAddDev}, {Expr: "UBLK_CMD_DEL_DEV", Want: CmdDelDev}, {Expr: "UBLK_CMD_START_DEV", Want: CmdStartDev}, {Expr: "UBLK_CMD_STOP_DEV", Want: CmdStopDev},
 		{Expr: "UBLK_CMD_SET_PARAMS", Want: CmdSetParams}, {Expr: "UBLK_CMD_GET_PARAMS", Want: CmdGetParams}, {Expr: "UBLK_CMD_GET_DEV_INFO", Want: CmdGetDevInfo},
 		{Expr: "UBLK_CMD_START_USER_RECOVERY", Want: CmdStartUserRecovery}, {Expr: "UBLK_CMD_END_USER_RECOVERY", Want: CmdEndUserRecovery},
@@ -40,7 +40,9 @@ func TestAgainstHeader(t *testing.T) {
 	}
 	later := []testkit.CFact{ // macros that newer headers have
 		{Expr: "UBLK_TAG_OFF", Want: TagOffset}, {Expr: "UBLK_QID_OFF", Want: QueueOffset},
-		{Expr: "UBLK_F_CMD_IOCTL_ENCODE", Want: FlagIoctlEncode}, {Expr: "UBLK_F_USER_COPY", Want: FlagUserCopy}, {Expr: "UBLK_F_UPDATE_SIZE", Want: FlagUpdateSize}, {Expr: "UBLK_S_DEV_FAIL_IO", Want: StateFailIO},
+		{Expr: "UBLK_F_CMD_IOCTL_ENCODE", Want: FlagIoctlEncode}, {Expr: "UBLK_F_USER_COPY", Want: FlagUserCopy}, {Expr: "UBLK_F_UPDATE_SIZE", Want: FlagUpdateSize},
+		{Expr: "UBLK_U_IO_REGISTER_IO_BUF", Want: enc(IORegisterBuf)}, {Expr: "UBLK_U_IO_UNREGISTER_IO_BUF", Want: enc(IOUnregisterBuf)}, {Expr: "UBLK_F_BUF_REG_OFF_DAEMON", Want: FlagRegisterAnywhere},
+		{Expr: "UBLK_S_DEV_FAIL_IO", Want: StateFailIO},
 		{Expr: "UBLK_U_CMD_GET_DEV_INFO", Want: enc(CmdGetDevInfo)}, {Expr: "UBLK_U_CMD_ADD_DEV", Want: enc(CmdAddDev)}, {Expr: "UBLK_U_CMD_DEL_DEV", Want: enc(CmdDelDev)},
 		{Expr: "UBLK_U_CMD_START_DEV", Want: enc(CmdStartDev)}, {Expr: "UBLK_U_CMD_STOP_DEV", Want: enc(CmdStopDev)}, {Expr: "UBLK_U_CMD_SET_PARAMS", Want: enc(CmdSetParams)},
 		{Expr: "UBLK_U_CMD_GET_PARAMS", Want: enc(CmdGetParams)}, {Expr: "UBLK_U_CMD_START_USER_RECOVERY", Want: enc(CmdStartUserRecovery)},
