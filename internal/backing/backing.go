@@ -65,6 +65,7 @@ type Device struct {
 	grow    sync.Mutex
 	// noZeroRange: the file system has no FALLOC_FL_ZERO_RANGE.
 	noZeroRange atomic.Bool
+	movesWrites bool // writes may be made of pages that are not ours (Move)
 }
 
 type kind uint8

@@ -27,6 +27,7 @@ var (
 	_ block.Zeroer    = (*Device)(nil)
 	_ block.Discarder = (*Device)(nil)
 	_ block.FUAWriter = (*Device)(nil)
+	_ block.Mover     = (*Device)(nil)
 	_ block.Limiter   = (*Device)(nil)
 	_ block.Mapper    = (*Device)(nil)
 )
@@ -108,7 +109,11 @@ func TestModel(t *testing.T) {
 			var err error
 			switch what := rnd.IntN(8); what {
 			case 0, 1, 2:
-				if _, err = d.ReadAt(p, r.Off); err == nil {
+				read := d.ReadAt
+				if what == 2 {
+					read = func(p []byte, off int64) (int, error) { return len(p), load(rnd, p).move(d, block.OpRead, off, false) }
+				}
+				if _, err = read(p, r.Off); err == nil {
 					compare(t, p, want[r.Off:], known[r.Off:], r)
 				}
 			case 3, 4, 5:
@@ -116,6 +121,11 @@ func TestModel(t *testing.T) {
 				write := d.WriteAt
 				if what == 5 {
 					write = d.WriteFUA
+				}
+				if rnd.IntN(2) == 0 {
+					write = func(p []byte, off int64) (int, error) {
+						return len(p), load(rnd, p).move(d, block.OpWrite, off, what == 5)
+					}
 				}
 				_, err = write(p, r.Off)
 				copy(want[r.Off:], p)
@@ -153,6 +163,81 @@ func TestModel(t *testing.T) {
 		}
 		compare(t, got, want, known, block.Range{Len: diskSize})
 	})
+}
+
+// someLoad is a request's data as the kernel would hold it; moving it fails now and then.
+type someLoad struct {
+	p    []byte
+	op   block.Op
+	fail int // 1: before anything was done; 2: when half of it was; else not
+	here bool
+}
+
+func load(rnd *rand.Rand, p []byte) *someLoad { return &someLoad{p: p, fail: rnd.IntN(4)} }
+
+func (l *someLoad) move(d *Device, op block.Op, off int64, fua bool) error {
+	l.op = op
+	return d.Move(op, block.Range{Off: off, Len: int64(len(l.p))}, fua, l)
+}
+
+func (l *someLoad) Data() ([]byte, error) {
+	l.here = true
+	return l.p, nil
+}
+
+func (l *someLoad) Carry(fd int, off int64) error {
+	if l.here {
+		return errors.New("moved after it was copied")
+	}
+	f := unix.Pwrite
+	if l.op == block.OpRead {
+		f = unix.Pread
+	}
+	p := l.p
+	switch l.fail {
+	case 1:
+		return errors.New("cannot be moved")
+	case 2:
+		p = p[:len(p)/8192*4096]
+	}
+	if n, err := f(fd, p, off); err != nil || n != len(l.p) {
+		return fmt.Errorf("%d bytes: %w", n, err)
+	}
+	return nil
+}
+
+// TestMoveChanging: writes are moved only where their pages may change meanwhile,
+// parts of blocks never, and reads always.
+func TestMoveChanging(t *testing.T) {
+	testkit.Need(t, "root", "loop")
+	disk := testkit.NewDiskOf(t, diskSize, 4096).Path
+	attr := filepath.Join("/sys/block", filepath.Base(disk), "queue/stable_writes")
+	for _, c := range []struct {
+		path, stable string
+		moved        bool
+	}{{disk, "0", true}, {disk, "1", false}, {imageFile(t, tmpfs(t), diskSize), "0", false}} {
+		if err := os.WriteFile(attr, []byte(c.stable), 0); err != nil {
+			t.Fatal(err)
+		}
+		d := open(t, c.path, Options{})
+		for _, fua := range []bool{false, true} {
+			l := &someLoad{p: aligned(make([]byte, 16384))[:8192]}
+			if err := l.move(d, block.OpWrite, 4096, fua); err != nil || l.here == c.moved {
+				t.Errorf("%s, stable pages %s: came here %v, %v", c.path, c.stable, l.here, err)
+			}
+		}
+		l := &someLoad{p: aligned(make([]byte, 16384))[:8192]}
+		if err := l.move(d, block.OpRead, 4096, false); err != nil || l.here {
+			t.Errorf("%s: a read came here %v, %v", c.path, l.here, err)
+		}
+		l = &someLoad{p: make([]byte, 512)}
+		if err := l.move(d, block.OpRead, 512, false); err != nil || c.path == disk && !l.here {
+			t.Errorf("%s: a part of a block came here %v, %v", c.path, l.here, err)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // someRange is of any length, mostly small and often of whole blocks.

@@ -117,6 +117,41 @@ func (d *Device) write(f *os.File, p []byte, off int64) (int, error) {
 	return n, nil
 }
 
+// Move reads or writes whole blocks without the data passing through this
+// process, where the kernel can do that, and else by way of it. A write is moved only
+// to where its pages may change meanwhile.
+func (d *Device) Move(op block.Op, r block.Range, fua bool, l block.Load) error {
+	if err := d.check(op, r); err != nil {
+		return err
+	}
+	if d.whole(r) && (op == block.OpRead || d.movesWrites) && d.carry(op, r, fua, l) == nil {
+		return nil
+	}
+	p, err := l.Data() // what is wrong, if it is, is found once more
+	switch {
+	case err != nil:
+	case op == block.OpRead:
+		_, err = d.ReadAt(p, r.Off)
+	case fua:
+		_, err = d.WriteFUA(p, r.Off)
+	default:
+		_, err = d.WriteAt(p, r.Off)
+	}
+	return err
+}
+
+func (d *Device) carry(op block.Op, r block.Range, fua bool, l block.Load) error {
+	f := d.file
+	if op != block.OpRead {
+		d.partial.RLock()
+		defer d.partial.RUnlock()
+		if fua {
+			f = d.stable
+		}
+	}
+	return control(f, func(fd int) error { return l.Carry(fd, r.Off) })
+}
+
 // whole says whether a range covers whole blocks.
 func (d *Device) whole(r block.Range) bool { return (r.Off|r.Len)&(d.shape.offset-1) == 0 }
 
@@ -174,8 +209,10 @@ func (d *Device) Flush() error {
 }
 
 // control calls f with the descriptor, again where it was interrupted.
-func (d *Device) control(f func(fd int) error) error {
-	c, err := d.file.SyscallConn()
+func (d *Device) control(f func(fd int) error) error { return control(d.file, f) }
+
+func control(file *os.File, f func(fd int) error) error {
+	c, err := file.SyscallConn()
 	if err != nil {
 		return err
 	}

@@ -25,6 +25,7 @@ func (d *Device) measure(o Options) error {
 	if err != nil {
 		return err
 	}
+	d.movesWrites = d.takesMoving()
 	l := &d.limits
 	l.ReadOnly = l.ReadOnly || o.ReadOnly
 	if l.ReadOnly {
@@ -101,20 +102,42 @@ func (d *Device) measureDisk() error {
 func queueOf(f *os.File) func(name string) int64 {
 	var st unix.Stat_t
 	err := unix.Fstat(int(f.Fd()), &st)
-	dir := fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))
-	if _, e := os.Stat(filepath.Join(dir, "partition")); e == nil {
-		if real, e := filepath.EvalSymlinks(dir); e == nil {
-			dir = filepath.Dir(real)
-		}
-	}
+	dir := queueDir(st.Rdev)
 	return func(name string) int64 {
-		b, e := os.ReadFile(filepath.Join(dir, "queue", name))
+		b, e := os.ReadFile(filepath.Join(dir, name))
 		if err != nil || e != nil {
 			return 0
 		}
 		n, _ := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
 		return n
 	}
+}
+
+// queueDir is where the attributes of a disk's or partition's queue are.
+func queueDir(dev uint64) string {
+	dir := fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(dev), unix.Minor(dev))
+	if _, err := os.Stat(filepath.Join(dir, "partition")); err == nil {
+		if real, err := filepath.EvalSymlinks(dir); err == nil {
+			dir = filepath.Dir(real)
+		}
+	}
+	return filepath.Join(dir, "queue")
+}
+
+// takesMoving says whether the disk, or the one below the file, takes writes from pages
+// that may change meanwhile, as those of a file system do that was told of no other
+// need. One with checksums or parity does not. Where no disk is known (btrfs) it is no.
+func (d *Device) takesMoving() bool {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(d.file.Fd()), &st); err != nil {
+		return false
+	}
+	dev := st.Rdev
+	if d.kind == isFile {
+		dev = st.Dev
+	}
+	b, err := os.ReadFile(filepath.Join(queueDir(dev), "stable_writes"))
+	return err == nil && strings.TrimSpace(string(b)) == "0"
 }
 
 // measureFile asks the file system what it wants of direct requests, and where

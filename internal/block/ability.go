@@ -26,3 +26,21 @@ type Limits struct {
 type Limiter interface {
 	Limits() Limits
 }
+
+// Load is the data of one read or write that lies where only the kernel sees it.
+// It is used by one goroutine at a time.
+type Load interface {
+	// Data brings it into this process, Range.Len bytes: of a write what is to be
+	// written, of a read the memory to fill, which is taken back when the request has ended.
+	Data() ([]byte, error)
+	// Carry has the kernel move it, without a copy, from or to byte off of a file.
+	// On any error nothing is lost by doing the same through Data.
+	Carry(fd int, off int64) error
+}
+
+// Mover is a Device that takes a read or write with its Load, so that the data
+// need not pass through this process. Move does what ReadAt, WriteAt and, with
+// fua, WriteFUA do, whole or with an error.
+type Mover interface {
+	Move(op Op, r Range, fua bool, l Load) error
+}

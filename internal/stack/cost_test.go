@@ -18,6 +18,14 @@ func (null) Discard(block.Range) error               { return nil }
 func (null) Flush() error                            { return nil }
 func (null) Size() int64                             { return 1 << 40 }
 
+func (null) Move(block.Op, block.Range, bool, block.Load) error { return nil }
+
+// still is data that costs nothing to bring here.
+type still struct{ p []byte }
+
+func (s *still) Data() ([]byte, error)  { return s.p, nil }
+func (s *still) Carry(int, int64) error { return nil }
+
 type passing struct{}
 
 func (passing) Handle(r *Request, next Next) error { return next.Do(r) }
@@ -66,6 +74,7 @@ func TestPassThroughAllocatesNothing(t *testing.T) {
 		return // the detector's pools forget on purpose
 	}
 	p := make([]byte, 4096)
+	load := &still{p}
 	for _, k := range kinds {
 		s := costStack(t, k.filter)
 		for name, do := range map[string]func() error{
@@ -75,6 +84,7 @@ func TestPassThroughAllocatesNothing(t *testing.T) {
 			"zeroes":  func() error { return s.WriteZeroes(block.Range{Len: 4096}) },
 			"discard": func() error { return s.Discard(block.Range{Len: 4096}) },
 			"flush":   func() error { return s.Flush() },
+			"move":    func() error { return s.Move(block.OpRead, block.Range{Len: 4096}, false, load) },
 		} {
 			var err error
 			if n := testing.AllocsPerRun(500, func() { err = do() }); n != 0 || err != nil {

@@ -65,6 +65,19 @@ type Request struct {
 	Data  []byte      // of a read and of a write, Range.Len bytes
 
 	lane int
+	load block.Load // where the data is until fetch; then nil
+}
+
+// fetch has Data hold the data.
+func (r *Request) fetch() error {
+	if r.load == nil {
+		return nil
+	}
+	p, err := r.load.Data()
+	if err == nil {
+		r.Data, r.load = p, nil
+	}
+	return err
 }
 
 // Lanes is over how many counters a filter that counts requests should spread
@@ -102,7 +115,9 @@ type Filter interface {
 }
 
 // Sieve is a Filter that sees at a glance which requests need no handling.
-// Pass says that a request goes on without Handle; it must not wait or allocate.
+// Pass says that a request goes on without Handle; it must not wait or allocate,
+// and not look at Data, which may be nil: what no filter handles may never come
+// into this process.
 type Sieve interface {
 	Pass(r *Request) bool
 }

@@ -20,6 +20,7 @@ type Stack struct {
 	zeroer block.Zeroer
 	discer block.Discarder
 	fua    block.FUAWriter
+	mover  block.Mover
 
 	chain     atomic.Pointer[chain]
 	calls     sync.Pool
@@ -39,6 +40,7 @@ var (
 	_ block.Zeroer    = (*Stack)(nil)
 	_ block.Discarder = (*Stack)(nil)
 	_ block.FUAWriter = (*Stack)(nil)
+	_ block.Mover     = (*Stack)(nil)
 )
 
 func newStack(name string, dev block.Device, system *System) *Stack {
@@ -46,6 +48,7 @@ func newStack(name string, dev block.Device, system *System) *Stack {
 	s.zeroer, _ = dev.(block.Zeroer)
 	s.discer, _ = dev.(block.Discarder)
 	s.fua, _ = dev.(block.FUAWriter)
+	s.mover, _ = dev.(block.Mover)
 	s.calls.New = s.newCall
 	s.size.Store(dev.Size())
 	s.chain.Store(newChain(nil))
@@ -59,17 +62,17 @@ func (s *Stack) Name() string { return s.name }
 func (s *Stack) Size() int64 { return s.size.Load() }
 
 // top sends a request in from above.
-func (s *Stack) top(op block.Op, r block.Range, data []byte, fua bool) error {
-	if op != block.OpFlush {
-		if err := block.CheckBounds(r, s.size.Load()); err != nil {
+func (s *Stack) top(r Request) error {
+	if r.Op != block.OpFlush {
+		if err := block.CheckBounds(r.Range, s.size.Load()); err != nil {
 			return err
 		}
-		if r.Empty() {
+		if r.Range.Empty() {
 			return nil
 		}
 	}
 	c := s.calls.Get().(*call)
-	c.req = Request{Op: op, FUA: fua, Range: r, Data: data}
+	c.req = r
 	ch := s.enter(c.shard)
 	if s.closed.Load() {
 		ch.leave(c.shard)
@@ -88,7 +91,7 @@ func (s *Stack) ReadAt(p []byte, off int64) (int, error) {
 	if int64(len(p)) > size-off {
 		p, short = p[:size-off], io.EOF
 	}
-	if err := s.top(block.OpRead, block.Range{Off: off, Len: int64(len(p))}, p, false); err != nil {
+	if err := s.top(Request{Op: block.OpRead, Range: block.Range{Off: off, Len: int64(len(p))}, Data: p}); err != nil {
 		return 0, err
 	}
 	return len(p), short
@@ -101,25 +104,37 @@ func (s *Stack) WriteAt(p []byte, off int64) (int, error) { return s.write(p, of
 func (s *Stack) WriteFUA(p []byte, off int64) (int, error) { return s.write(p, off, true) }
 
 func (s *Stack) write(p []byte, off int64, fua bool) (int, error) {
-	if err := s.top(block.OpWrite, block.Range{Off: off, Len: int64(len(p))}, p, fua); err != nil {
+	if err := s.top(Request{Op: block.OpWrite, FUA: fua, Range: block.Range{Off: off, Len: int64(len(p))}, Data: p}); err != nil {
 		return 0, err
 	}
 	return len(p), nil
 }
 
+// Move reads or writes through the filters. The data comes into this process
+// only for a filter that must handle the request, or where the device cannot do without.
+func (s *Stack) Move(op block.Op, r block.Range, fua bool, l block.Load) error {
+	return s.top(Request{Op: op, FUA: fua, Range: r, load: l})
+}
+
 // WriteZeroes makes a range read as zeroes.
-func (s *Stack) WriteZeroes(r block.Range) error { return s.top(block.OpZeroes, r, nil, false) }
+func (s *Stack) WriteZeroes(r block.Range) error { return s.top(Request{Op: block.OpZeroes, Range: r}) }
 
 // Discard tells that a range's content no longer matters.
-func (s *Stack) Discard(r block.Range) error { return s.top(block.OpDiscard, r, nil, false) }
+func (s *Stack) Discard(r block.Range) error { return s.top(Request{Op: block.OpDiscard, Range: r}) }
 
 // Flush makes stable what was written before.
-func (s *Stack) Flush() error { return s.top(block.OpFlush, block.Range{}, nil, false) }
+func (s *Stack) Flush() error { return s.top(Request{Op: block.OpFlush}) }
 
 // bottom does a request on the device itself.
 func (s *Stack) bottom(r *Request) error {
 	if s.dead.Load() {
 		return ErrGone
+	}
+	if r.load != nil && s.mover != nil {
+		return s.mover.Move(r.Op, r.Range, r.FUA, r.load)
+	}
+	if err := r.fetch(); err != nil {
+		return err
 	}
 	switch r.Op {
 	case block.OpRead:
