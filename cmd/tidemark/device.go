@@ -77,6 +77,7 @@ func newDeviceCreate() *cobra.Command {
 	f.StringVar(&req.Front, "front", "auto", "how it is shown: auto, ublk, nbd, loop or nbd-server")
 	f.StringVar(&req.Listen, "listen", "", "where nbd-server listens, an NBD URI (default: a unix socket in the state folder)")
 	f.BoolVar(&req.ReadOnly, "read-only", false, "take no writes")
+	f.BoolVar(&req.NoZeroCopy, "no-zero-copy", false, "ublk: copy data also where the kernel can do without")
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	_ = cmd.MarkFlagRequired("backing")
 	_ = cmd.RegisterFlagCompletionFunc("front", cobra.FixedCompletions([]string{"auto", "ublk", "nbd", "loop", "nbd-server"}, cobra.ShellCompDirectiveNoFileComp))

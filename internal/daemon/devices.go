@@ -24,7 +24,7 @@ func (s *service) Devices(context.Context) ([]api.Device, error) {
 }
 
 func (s *service) CreateDevice(ctx context.Context, r api.DeviceRequest) (api.Device, error) {
-	i, err := s.devices.Create(ctx, serve.Spec{Name: r.Name, Backing: r.Backing, Front: r.Front, Listen: r.Listen, ReadOnly: r.ReadOnly})
+	i, err := s.devices.Create(ctx, serve.Spec{Name: r.Name, Backing: r.Backing, Front: r.Front, Listen: r.Listen, ReadOnly: r.ReadOnly, Copy: r.NoZeroCopy})
 	if err != nil {
 		return api.Device{}, coded(err)
 	}

@@ -22,6 +22,8 @@ type Spec struct {
 	// Listen is where the front nbd-server listens, as an NBD URI; "" is a unix socket in the state folder.
 	Listen   string `json:"listen,omitempty"`
 	ReadOnly bool   `json:"read_only,omitempty"`
+	// Copy: the front ublk copies data even where it need not.
+	Copy bool `json:"copy,omitempty"`
 	// ID is given by Create; the kernel's device is found again by it.
 	ID string `json:"id"`
 	// Splice says under which mapped device it lies; nil: it stands for itself.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 
+	"tidemark/internal/block"
 	"tidemark/internal/front/ublk"
 )
 
@@ -16,10 +17,20 @@ type ublkServed struct{ *ublk.Server }
 
 func (ublkFront) probe() error { return ublk.Probe() }
 
-func (f ublkFront) serve(ctx context.Context, spec Spec, dev shown, _ json.RawMessage) (served, error) {
+// moving is a device that takes data without a copy.
+type moving struct {
+	shown
+	block.Mover
+}
+
+func (f ublkFront) serve(ctx context.Context, spec Spec, show shown, _ json.RawMessage) (served, error) {
 	left, err := f.left(ctx, spec)
 	if err != nil {
 		return nil, err
+	}
+	var dev block.Device = show
+	if m, ok := show.dev.(block.Mover); ok {
+		dev = moving{show, m}
 	}
 	var s *ublk.Server
 	switch {
@@ -30,7 +41,7 @@ func (f ublkFront) serve(ctx context.Context, spec Spec, dev shown, _ json.RawMe
 		fallthrough
 	default:
 		if err == nil {
-			s, err = ublk.Add(ctx, dev, ublk.Config{Token: spec.token()})
+			s, err = ublk.Add(ctx, dev, ublk.Config{Token: spec.token(), Copy: spec.Copy})
 		}
 	}
 	if err != nil {

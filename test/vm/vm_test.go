@@ -48,14 +48,15 @@ const (
 // newest is what runs on the newest kernel unless TIDEMARK_VM_ALL is set: what
 // the older ones cannot do.
 var newest = []job{
+	{pkg: "test/vm/guest", run: "^TestZeroCopy$", timeout: 5 * time.Minute},
 	{pkg: "internal/front/ublk", timeout: 5 * time.Minute},
 }
 
 // once are tests that take long and that kernels do not answer differently: each
 // runs on one of them, and is left out on the one named here.
 var once = map[string]string{
-	debian61:  "^Test(ServedAfterReboot|FillUnderLoad|TableChanged|UnderLoad|LVM|Splice|GuardMakesWay|ServedPulled|KilledWhileStorageGrows|KilledWhileTaking|Backings|TableAwayAndBack|InvolfltFuzzed)$",
-	debian612: "^Test(Pulled|Refused|ReconnectUnderLoad|OlderLayout|SpliceTables|InvolfltReplicates)$",
+	debian61:  "^Test(ZeroCopy|ServedAfterReboot|FillUnderLoad|TableChanged|UnderLoad|LVM|Splice|GuardMakesWay|ServedPulled|KilledWhileStorageGrows|KilledWhileTaking|Backings|TableAwayAndBack|InvolfltFuzzed)$",
+	debian612: "^Test(ZeroCopy|Pulled|Refused|ReconnectUnderLoad|OlderLayout|SpliceTables|InvolfltReplicates)$",
 }
 
 // The guests run side by side: much of what they do is to wait.

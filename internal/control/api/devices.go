@@ -34,6 +34,8 @@ type DeviceRequest struct {
 	Front    string `json:"front,omitempty"`
 	Listen   string `json:"listen,omitempty"` // NBD URI, for the front nbd-server
 	ReadOnly bool   `json:"read_only,omitempty"`
+	// NoZeroCopy has the front ublk copy data also where the kernel can do without.
+	NoZeroCopy bool `json:"no_zero_copy,omitempty"`
 }
 
 // ResizeRequest is the body of POST /v1/devices/{name}/resize. 0 takes the

@@ -69,6 +69,9 @@ func newQueue(s *Server, number int) (*queue, error) {
 	q.woken = q.memory[s.depth*s.maxIO:][:8]
 	for i := range q.slots {
 		q.slots[i] = slot{queue: q, tag: i, buf: q.memory[i*s.maxIO:][:s.maxIO:s.maxIO], start: make(chan struct{}, 1)}
+		if s.zeroCopy {
+			q.slots[i].ring, _ = newRing() // data is copied where there can be none
+		}
 	}
 	return q, nil
 }
@@ -78,6 +81,11 @@ func (q *queue) free() error {
 	var errs []error
 	if q.waker >= 0 {
 		errs = append(errs, unix.Close(q.waker))
+	}
+	for i := range q.slots {
+		if r := q.slots[i].ring; r != nil {
+			errs = append(errs, r.Close())
+		}
 	}
 	if q.descs != nil {
 		errs = append(errs, unix.Munmap(q.descs))

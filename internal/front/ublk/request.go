@@ -10,6 +10,7 @@ import (
 
 	abi "tidemark/internal/abi/ublk"
 	"tidemark/internal/block"
+	"tidemark/internal/uring"
 )
 
 // slot is the place of one request in a queue. Its buffer is its own.
@@ -19,6 +20,11 @@ type slot struct {
 	buf   []byte
 	start chan struct{} // one request at a time
 	res   int32         // bytes or -errno, for the queue's thread once the request has ended
+
+	ring  *uring.Ring // for Carry; nil: data is copied
+	op    block.Op    // of the request that is moved
+	piece []byte      // of buf, for its data
+	here  bool        // it has come into this process
 }
 
 // work does the slot's requests until start is closed.
@@ -39,6 +45,9 @@ func (s *slot) do(d abi.Desc) (int, error) {
 	r := block.Range{Off: int64(d.StartSector) * block.SectorSize, Len: int64(d.Sectors) * block.SectorSize}
 	switch d.Op() {
 	case abi.OpRead:
+		if s.ring != nil {
+			return s.move(block.OpRead, r, false)
+		}
 		p, err := s.data(r)
 		if err != nil {
 			return 0, err
@@ -48,6 +57,9 @@ func (s *slot) do(d abi.Desc) (int, error) {
 		}
 		return len(p), s.give(p)
 	case abi.OpWrite:
+		if s.ring != nil {
+			return s.move(block.OpWrite, r, d.FUA())
+		}
 		p, err := s.data(r)
 		if err != nil {
 			return 0, err

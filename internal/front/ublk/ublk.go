@@ -6,7 +6,9 @@
 // device, and the thread hands back the result together with the wish for the
 // next. Data is copied by reading and writing the character device
 // /dev/ublkcN where the kernel has that (6.5), else the kernel copies it to and
-// from the slot's buffer.
+// from the slot's buffer. Where the kernel lends a request's pages to an io_uring
+// (6.17) and the device is a block.Mover, data that nobody needs to see goes to and
+// from the backing without a copy: each slot then has a ring of its own.
 //
 //	Add ──▶ live ──▶ Delete ──▶ gone
 //	         │ ▲
@@ -57,6 +59,7 @@ type Config struct {
 	Depth  int    // requests at a time in each queue, 1 to 4096; default 32
 	MaxIO  int    // bytes of the largest request, a power of two from 4096; default 256 KiB
 	Token  uint64 // the caller's own, kept by the kernel: see Info
+	Copy   bool   // data is copied even where the kernel and the device can do without; Recover keeps to that
 
 	plain bool // for tests: what a kernel without ioctl encoding and user copy gets
 }
@@ -90,6 +93,7 @@ type abilities struct {
 	zeroer    block.Zeroer
 	discarder block.Discarder
 	fua       block.FUAWriter
+	mover     block.Mover
 	limits    block.Limits
 }
 
@@ -98,6 +102,7 @@ func abilitiesOf(dev block.Device) *abilities {
 	a.zeroer, _ = dev.(block.Zeroer)
 	a.discarder, _ = dev.(block.Discarder)
 	a.fua, _ = dev.(block.FUAWriter)
+	a.mover, _ = dev.(block.Mover)
 	if l, ok := dev.(block.Limiter); ok {
 		a.limits = l.Limits()
 	}

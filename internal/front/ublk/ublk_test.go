@@ -35,20 +35,28 @@ func TestRequests(t *testing.T) {
 		name    string
 		logical int64
 		plain   bool
-	}{{"512", 512, false}, {"4096", 4096, false}, {"plain", 512, true}} {
+		copies  bool
+	}{{"512", 512, false, false}, {"4096", 4096, false, false}, {"copied", 512, false, true}, {"plain", 512, true, true}} {
+		if c.name == "copied" && !CanZeroCopy() {
+			continue // as the first
+		}
 		t.Run(c.name, func(t *testing.T) {
-			s := add(t, 16<<20, func(o *order) { o.Logical, o.Plain = c.logical, c.plain })
+			s := add(t, 16<<20, func(o *order) { o.Logical, o.Plain, o.Config.Copy = c.logical, c.plain, c.copies })
 			t.Log(s.about)
-			if c.plain != strings.HasSuffix(s.about, "false false") {
-				t.Error("served the other way")
+			if want := fmt.Sprint(!c.plain, " ", !c.plain, " ", !c.copies && CanZeroCopy()); !strings.HasSuffix(s.about, want) {
+				t.Errorf("served the other way: want %s", want)
 			}
 			requests(t, s)
 			limits(t, s)
+			s.checkCarried()
 		})
 	}
 }
 
 func requests(t *testing.T, s *served) {
+	if os.Getenv("TIDEMARK_NEWEST") != "" && !CanZeroCopy() {
+		t.Error("the newest kernel cannot do without copies")
+	}
 	f := s.open()
 	p := memory(t, 1<<20)
 	testkit.Fill(p, 1, 0, 1)
@@ -121,6 +129,19 @@ func TestFileSystem(t *testing.T) {
 	if s.count[flushes].Load() == 0 || s.count[discards].Load() == 0 {
 		t.Errorf("%d flushes, %d discards", s.count[flushes].Load(), s.count[discards].Load())
 	}
+	s.checkCarried()
+}
+
+// checkCarried: some requests were done without a copy where that is possible,
+// none elsewhere, and none of them in vain.
+func (s *served) checkCarried() {
+	s.t.Helper()
+	n, vain := s.count[carries].Load(), s.count[uncarried].Load()
+	can := strings.HasSuffix(s.about, " true")
+	if can != (n > 0) || can && vain > 0 {
+		s.t.Errorf("%d requests were done without a copy, %d in vain; served as %q", n, vain, s.about)
+	}
+	s.t.Logf("%d of %d requests were done without a copy", n, s.count[reads].Load()+s.count[writes].Load())
 }
 
 func fioCommand(args ...string) *exec.Cmd {
@@ -176,9 +197,13 @@ func TestQueues(t *testing.T) {
 // writes and verifies, and fio sees nothing of it.
 func TestKilled(t *testing.T) {
 	testkit.Need(t, "fio")
-	for _, plain := range []bool{false, true} {
-		t.Run(fmt.Sprintf("plain=%v", plain), func(t *testing.T) {
-			s := add(t, 16<<20, func(o *order) { o.Config.Queues, o.Plain = 2, plain })
+	modes := []string{"best", "plain"}
+	if CanZeroCopy() {
+		modes = append(modes, "copied")
+	}
+	for _, mode := range modes {
+		t.Run(mode, func(t *testing.T) {
+			s := add(t, 16<<20, func(o *order) { o.Config.Queues, o.Plain, o.Config.Copy = 2, mode == "plain", mode == "copied" })
 			cmd := fioCommand("--filename="+s.path, "--rw=randwrite", "--size=4m")
 			var out bytes.Buffer
 			cmd.Stdout, cmd.Stderr = &out, &out
@@ -202,6 +227,7 @@ func TestKilled(t *testing.T) {
 					}
 					if ended {
 						t.Logf("%d kills", kills)
+						s.checkCarried()
 						return
 					}
 				}
@@ -243,6 +269,7 @@ func TestLeave(t *testing.T) {
 			t.Fatalf("round %d: the write did not arrive: %v", i, err)
 		}
 	}
+	s.checkCarried()
 }
 
 // TestHeld: a request that does not end keeps the server from leaving, for as
