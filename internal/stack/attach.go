@@ -20,6 +20,7 @@ type attachment struct {
 	filter   Filter
 	sieve    Sieve
 	inline   bool
+	blind    bool
 	slow     atomic.Bool // reported by the watchdog
 
 	end  sync.Once     // of its time in the stack
@@ -173,6 +174,7 @@ func (s *Stack) ask(name string, altitude int, d Driver) (*attachment, error) {
 	}
 	a.sieve, _ = a.filter.(Sieve)
 	_, a.inline = a.filter.(Inline)
+	_, a.blind = a.filter.(Blind)
 	return a, nil
 }
 

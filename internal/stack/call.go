@@ -105,8 +105,10 @@ func (c *call) sift(from int) (i int, broken error) {
 // through has one filter handle the request, and goes on without the filter
 // where that fails.
 func (c *call) through(i int, a *attachment) error {
-	if err := c.req.fetch(); err != nil {
-		return err
+	if !a.blind {
+		if err := c.req.fetch(); err != nil {
+			return err
+		}
 	}
 	f := c.frame(i)
 	f.begin(a)

@@ -130,6 +130,12 @@ type Inline interface {
 	Inline()
 }
 
+// Blind is a Filter whose Handle looks at no Data, which may be nil, and passes a
+// request on once at most: what only such filters handle need not come into this process.
+type Blind interface {
+	Blind()
+}
+
 // Resizer is a Filter that wants to know the device's new size, in bytes, before
 // the first request beyond the old one.
 type Resizer interface {

@@ -69,6 +69,12 @@ type readsPass struct{ *spy }
 
 func (readsPass) Pass(r *Request) bool { return !r.Writes() }
 
+// blindly is a spy that looks at no data.
+type blindly struct{ *spy }
+
+func (blindly) Blind()  {}
+func (blindly) Inline() {}
+
 func attach(t *testing.T, s *Stack, altitude int, name string, f Filter) {
 	t.Helper()
 	if ok, err := s.Attach(name, altitude, DriverFunc(func(*Below) (Filter, error) { return f, nil })); err != nil || !ok {
@@ -105,6 +111,14 @@ func TestMove(t *testing.T) {
 	check("no filter", false, false)
 	attach(t, s, 10, "sieve", sieving{})
 	check("a filter that needs nothing", false, false)
+	seen := 0
+	attach(t, s, 15, "blind", blindly{&spy{name: "blind", j: &journal{}, handle: func(r *Request, next Next) error {
+		seen++
+		return next.Do(r)
+	}}})
+	if check("a filter that looks at no data", false, false); seen != 2 {
+		t.Errorf("it has seen %d requests", seen)
+	}
 	f := &spy{name: "writes", j: &journal{}, handle: func(r *Request, next Next) error {
 		if !bytes.Equal(r.Data, p) {
 			t.Error("the filter sees other data")

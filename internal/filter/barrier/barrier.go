@@ -67,6 +67,9 @@ func Driver(made func(f *Filter)) stack.Driver {
 // Pass lets go what changes nothing.
 func (f *Filter) Pass(r *stack.Request) bool { return !r.Writes() }
 
+// Blind says that a write is held whatever it writes.
+func (f *Filter) Blind() {}
+
 // Inline says that Handle waits for no longer than until its Below.Gone.
 func (f *Filter) Inline() {}
 
