@@ -5,6 +5,7 @@ import (
 	"errors"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"tidemark/internal/block"
@@ -69,10 +70,13 @@ type readsPass struct{ *spy }
 
 func (readsPass) Pass(r *Request) bool { return !r.Writes() }
 
-// blindly is a spy that looks at no data.
-type blindly struct{ *spy }
+// blindSpy looks at no data, and blindly neither, on the caller's goroutine.
+type blindSpy struct{ *spy }
 
-func (blindly) Blind()  {}
+func (blindSpy) Blind() {}
+
+type blindly struct{ blindSpy }
+
 func (blindly) Inline() {}
 
 func attach(t *testing.T, s *Stack, altitude int, name string, f Filter) {
@@ -112,10 +116,10 @@ func TestMove(t *testing.T) {
 	attach(t, s, 10, "sieve", sieving{})
 	check("a filter that needs nothing", false, false)
 	seen := 0
-	attach(t, s, 15, "blind", blindly{&spy{name: "blind", j: &journal{}, handle: func(r *Request, next Next) error {
+	attach(t, s, 15, "blind", blindly{blindSpy{&spy{name: "blind", j: &journal{}, handle: func(r *Request, next Next) error {
 		seen++
 		return next.Do(r)
-	}}})
+	}}}})
 	if check("a filter that looks at no data", false, false); seen != 2 {
 		t.Errorf("it has seen %d requests", seen)
 	}
@@ -170,6 +174,45 @@ func TestMoveBelow(t *testing.T) {
 		t.Errorf("after a panic: %d carried", dev.carried.Load())
 	}
 	set.Clear("filter-lost", "e/broken")
+}
+
+// TestMoveTaken: a request that is taken from a filter which looks at no data goes on without
+// it, its data still where it was, and is done once.
+func TestMoveTaken(t *testing.T) {
+	for name, fault := range map[string]func(next Next, r *Request, never chan struct{}){
+		"panics":       func(Next, *Request, chan struct{}) { panic("at once") },
+		"panics later": func(next Next, r *Request, _ chan struct{}) { _ = next.Do(r); panic("later") },
+		"stalls":       func(_ Next, _ *Request, never chan struct{}) { <-never },
+		"stalls later": func(next Next, r *Request, never chan struct{}) { _ = next.Do(r); <-never },
+		"goes on late": func(next Next, r *Request, never chan struct{}) { <-never; _ = next.Do(r) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				y, _ := system(t)
+				dev := &carrier{Disk: sim.NewDisk(1 << 20)}
+				s := add(t, y, "d", dev)
+				never := make(chan struct{})
+				attach(t, s, 10, "low", sieving{})
+				attach(t, s, 20, "f", blindSpy{&spy{name: "f", j: &journal{}, handle: func(r *Request, next Next) error {
+					fault(next, r, never)
+					return nil
+				}}})
+				p := bytes.Repeat([]byte{5}, 4096)
+				if moved(t, s, block.OpWrite, 4096, p) {
+					t.Error("its data came into this process")
+				}
+				close(never)
+				synctest.Wait()
+				got := make([]byte, 4096)
+				if _, err := dev.ReadAt(got, 4096); err != nil || !bytes.Equal(got, p) || dev.carried.Load() != 1 {
+					t.Errorf("carried %d times; what was written is there: %v, %v", dev.carried.Load(), bytes.Equal(got, p), err)
+				}
+				if len(s.Filters()) != 1 {
+					t.Errorf("filters: %v", s.Filters())
+				}
+			})
+		})
+	}
 }
 
 // TestMoveHoldsAttach: a filter is attached only when what went past it has ended.

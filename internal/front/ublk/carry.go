@@ -20,15 +20,8 @@ import (
 // a write of the dead one could otherwise overtake those of its successor.
 const zeroCopyFlags = abi.FlagZeroCopy | abi.FlagRegisterAnywhere | abi.FlagUserCopy
 
-// CanZeroCopy says whether this kernel can serve requests without a copy.
-func CanZeroCopy() bool {
-	c, err := openControl(false)
-	if err != nil {
-		return false
-	}
-	defer c.Close()
-	return c.features&zeroCopyFlags == zeroCopyFlags
-}
+// canZeroCopy says whether the kernel can serve requests without a copy.
+func (c *control) canZeroCopy() bool { return c.features&zeroCopyFlags == zeroCopyFlags }
 
 // The steps of carry, each an entry of the slot's ring.
 const (
@@ -109,7 +102,6 @@ func (s *slot) Carry(fd int, off int64) error {
 	if int(res[stepMove]) != len(s.piece) {
 		return io.ErrUnexpectedEOF
 	}
-	s.queue.server.carried.Add(1)
 	return nil
 }
 
@@ -124,7 +116,7 @@ func (s *slot) lend(nr uint32, step uint64) *uring.SQE {
 // results waits for all steps.
 func (s *slot) results() (res [steps]int32, err error) {
 	for ended := 0; ended < steps; {
-		if err := s.ring.Submit(1); err != nil {
+		if err := s.ring.Submit(steps - ended); err != nil {
 			return res, err
 		}
 		for c, ok := s.ring.Reap(); ok; c, ok = s.ring.Reap() {

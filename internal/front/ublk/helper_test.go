@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -36,6 +37,16 @@ type order struct {
 }
 
 const timeout = 90 * time.Second // emulation is slow
+
+// canZeroCopy says whether this kernel can do without copies.
+func canZeroCopy() bool {
+	c, err := openControl(false)
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	return c.canZeroCopy()
+}
 
 func TestMain(m *testing.M) {
 	if text := os.Getenv("TIDEMARK_UBLK"); text != "" {
@@ -134,7 +145,8 @@ const (
 	busiest // the most requests at a time
 	now
 	carries   // reads and writes that were done without a copy
-	uncarried // those for which that was tried in vain
+	uncarried // those for which that went otherwise than it must
+	refused   // those for which it was tried so that it must fail
 	counters
 )
 
@@ -225,15 +237,21 @@ func (d *fileDevice) WriteFUA(p []byte, off int64) (int, error) {
 	return d.WriteAt(p, off)
 }
 
-// Move lets every request be carried but those of one place in eight, whose data it sees.
+// Move lets every request be carried but those of some places in eight: of one it sees
+// the data at once, of the others when it could not be carried, or not all of it.
 func (d *fileDevice) Move(op block.Op, r block.Range, fua bool, l block.Load) error {
-	if r.Off>>12%8 != 3 && d.o.Hold == "" && d.o.Bad < 0 {
-		if d.carry(op, r, l) == nil {
-			if d.count[carries].Add(1); fua {
-				d.count[fuas].Add(1)
-			}
-			return nil
+	switch place := r.Off >> 12 % 8; {
+	case place == 3 || d.o.Hold != "" || d.o.Bad >= 0:
+	case place == 5:
+		d.refuse(l.Carry(-1, r.Off), unix.EBADF)
+	case place == 6 && op == block.OpRead:
+		d.refuse(l.Carry(int(d.f.Fd()), d.Size()-1), io.ErrUnexpectedEOF)
+	case d.carry(op, r, l) == nil:
+		if d.count[carries].Add(1); fua {
+			d.count[fuas].Add(1)
 		}
+		return nil
+	default:
 		d.count[uncarried].Add(1)
 	}
 	p, err := l.Data()
@@ -247,6 +265,12 @@ func (d *fileDevice) Move(op block.Op, r block.Range, fua bool, l block.Load) er
 		_, err = d.WriteAt(p, r.Off)
 	}
 	return err
+}
+
+func (d *fileDevice) refuse(err, want error) {
+	if d.count[refused].Add(1); !errors.Is(err, want) {
+		d.count[uncarried].Add(1)
+	}
 }
 
 func (d *fileDevice) carry(op block.Op, r block.Range, l block.Load) error {

@@ -26,7 +26,6 @@ type Server struct {
 	maxIO    int
 	userCopy bool
 	zeroCopy bool // requests are moved without a copy where the device lets them
-	carried  atomic.Uint64
 	encoded  bool
 	resizes  bool
 	queues   []*queue
@@ -54,17 +53,28 @@ func Add(ctx context.Context, dev block.Device, c Config) (s *Server, err error)
 		Flags: abi.FlagUserRecovery | abi.FlagUserRecoveryReissue, ServerFlags: c.Token}
 	if ctl.encoded {
 		info.Flags |= abi.FlagIoctlEncode | ctl.features&abi.FlagUserCopy
-		if ctl.features&zeroCopyFlags == zeroCopyFlags && s.dev.mover != nil && !c.Copy {
+		if ctl.canZeroCopy() && s.dev.mover != nil && !c.Copy {
 			info.Flags |= abi.FlagZeroCopy
 		}
 	}
-	if err := ctl.do(ctx, abi.CmdAddDev, abi.CtrlCmd{DevID: info.DevID}, bytesOf(&info)); err != nil {
+	if err := ctl.add(ctx, &info); err != nil {
 		return nil, errors.Join(fmt.Errorf("adding a ublk device: %w (its number is limited by the module's parameter ublks_max)", err), ctl.Close())
 	}
 	if err := s.start(ctx, &info); err != nil {
 		return nil, errors.Join(err, s.undo())
 	}
 	return s, nil
+}
+
+// add makes the device. A kernel that has what zero copy takes, and refuses it beside
+// the rest, gets a device without.
+func (c *control) add(ctx context.Context, info *abi.DevInfo) error {
+	err := c.do(ctx, abi.CmdAddDev, abi.CtrlCmd{DevID: info.DevID}, bytesOf(info))
+	if errors.Is(err, unix.EINVAL) && info.Flags&abi.FlagZeroCopy != 0 {
+		info.Flags &^= abi.FlagZeroCopy
+		err = c.do(ctx, abi.CmdAddDev, abi.CtrlCmd{DevID: info.DevID}, bytesOf(info))
+	}
+	return err
 }
 
 func newServer(dev block.Device, ctl *control) *Server {
@@ -91,7 +101,7 @@ func (s *Server) start(ctx context.Context, info *abi.DevInfo) error {
 func (s *Server) open(info *abi.DevInfo) error {
 	s.id, s.depth, s.maxIO = info.DevID, int(info.QueueDepth), int(info.MaxIOBytes)
 	s.userCopy, s.encoded = info.Flags&abi.FlagUserCopy != 0, info.Flags&abi.FlagIoctlEncode != 0 && s.control.encoded
-	s.zeroCopy = info.Flags&abi.FlagZeroCopy != 0 && s.control.features&zeroCopyFlags == zeroCopyFlags && s.dev.mover != nil
+	s.zeroCopy = info.Flags&abi.FlagZeroCopy != 0 && s.userCopy && s.control.canZeroCopy() && s.dev.mover != nil
 	s.resizes = s.control.features&abi.FlagUpdateSize != 0
 	char := charPath(s.id)
 	if err := s.node(char, classPath(s.id), unix.S_IFCHR); err != nil {

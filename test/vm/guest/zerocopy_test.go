@@ -4,11 +4,13 @@ package guest
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -16,30 +18,28 @@ import (
 	"tidemark/internal/testkit/program"
 )
 
-// TestZeroCopy: what no filter needs to see does not come into the daemon, and
-// what one does need to see does; filters that come and go under load, snapshots
-// and a daemon that is killed change nothing of what is read.
+// TestZeroCopy: what no filter needs to see does not come into the daemon, and what one
+// does need to see does: filters that come and go under load, snapshots, protection, a daemon
+// that is killed, errors, and memory that the disk cannot take change nothing of what is read.
 func TestZeroCopy(t *testing.T) {
 	testkit.Need(t, "ublk")
-	for _, kind := range []string{"file", "disk"} {
-		t.Run(kind, func(t *testing.T) {
-			backing := ""
-			if kind == "disk" {
-				backing = scsi(t)
-			} else {
-				disk := bySerial(t, "vd*", "serial", "large")
-				testkit.Run(t, "mkfs.ext4", "-q", disk)
-				backing = filepath.Join(testkit.Mount(t, disk), "image")
-				testkit.Run(t, "truncate", "-s", "48M", backing)
-			}
-			d := program.New(t)
-			node := zeroCopy(t, d, backing)
-			if kind == "file" { // what the kernel does with threads of its own
-				underLoad(t, d, node, backing)
-			}
-			d.Run("device", "rm", "data")
-		})
-	}
+	t.Run("file", func(t *testing.T) { // what the kernel does with threads of its own
+		disk := bySerial(t, "vd*", "serial", "large")
+		testkit.Run(t, "mkfs.ext4", "-q", disk)
+		backing := filepath.Join(testkit.Mount(t, disk), "image")
+		testkit.Run(t, "truncate", "-s", "48M", backing)
+		d := program.New(t)
+		underLoad(t, d, zeroCopy(t, d, backing), backing)
+		d.Run("device", "rm", "data")
+	})
+	t.Run("disk", func(t *testing.T) {
+		backing := scsi(t)
+		d := program.New(t)
+		node := zeroCopy(t, d, backing)
+		oddMemory(t, node)
+		badPlace(t, node)
+		d.Run("device", "rm", "data")
+	})
 }
 
 // zeroCopy makes a device three ways and looks where its data goes; it gives the node.
@@ -65,34 +65,101 @@ func zeroCopy(t *testing.T, d *program.Daemon, backing string) string {
 	return node
 }
 
-// underLoad has filters, a snapshot and a daemon come and go while a file system
-// on the device is written to.
+// underLoad has a snapshot, a daemon, filters and protection come and go while a file
+// system on the device is written to.
 func underLoad(t *testing.T, d *program.Daemon, node, backing string) {
 	dir := t.TempDir()
 	testkit.Run(t, "mkfs.ext4", "-q", node)
 	testkit.Run(t, "mount", node, dir)
 	t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
-	fio := startFio(t, dir, 6)
-	for i := range 2 {
-		time.Sleep(300 * time.Millisecond)
-		d.Run("device", "filters", "data", "--attach", "delay=1ms")
-		id := strings.TrimSpace(d.Run("snapshot", "create", "--storage", filepath.Join(t.TempDir(), "diff")+":32M", "data"))
-		d.Run("snapshot", "take", id)
-		if i == 0 {
-			d.Kill()
-			time.Sleep(300 * time.Millisecond)
-			d.Start()
-		} else {
-			d.Run("device", "filters", "data", "--detach", "delay")
-		}
-		d.Run("snapshot", "destroy", id)
+	fio := startFio(t, dir, 8)
+	// A snapshot stays what it was: over what it has kept, writes go past its filter.
+	id := strings.TrimSpace(d.Run("snapshot", "create", "--storage", filepath.Join(t.TempDir(), "diff")+":48M", "data"))
+	d.Run("snapshot", "take", id)
+	_, image, _ := strings.Cut(strings.TrimSpace(d.Run("snapshot", "images", id)), " ")
+	then := sum(t, image)
+	d.Kill() // with requests on their way that only the kernel sees
+	time.Sleep(300 * time.Millisecond)
+	d.Start()
+	_, image, _ = strings.Cut(strings.TrimSpace(d.Run("snapshot", "images", id)), " ")
+	testkit.Run(t, "e2fsck", "-fn", image)
+	if now := sum(t, image); now != then {
+		t.Error("the snapshot has changed")
 	}
+	d.Run("snapshot", "destroy", id)
+	d.Run("device", "filters", "data", "--attach", "delay=1ms")
+	d.Run("device", "filters", "data", "--detach", "delay")
+	// The disk is copied while it is written to: a write past the capture would be missed.
+	d.Protect("g", "data")
 	fio.wait(t, d)
 	testkit.Run(t, "umount", dir)
 	testkit.Run(t, "e2fsck", "-fn", node)
-	seen, below := testkit.Run(t, "sha256sum", node), testkit.Run(t, "sha256sum", backing)
-	if strings.Fields(seen)[0] != strings.Fields(below)[0] {
+	d.Settle("g")
+	seen := sum(t, node)
+	if seen != sum(t, backing) {
 		t.Error("the device shows something else than lies on its backing")
+	}
+	if seen != sum(t, d.Restored("g", "data", "latest")) {
+		t.Error("what was protected is not what was written")
+	}
+	d.Run("unprotect", "g")
+}
+
+func sum(t *testing.T, path string) string {
+	t.Helper()
+	return strings.Fields(testkit.Run(t, "sha256sum", path))[0]
+}
+
+// oddMemory writes from and reads into memory that ublk takes and the disk does not: the
+// kernel cannot move it, and nobody notices.
+func oddMemory(t *testing.T, node string) {
+	f, err := os.OpenFile(node, os.O_RDWR|syscall.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	const n = 96 << 10
+	p, got := aligned(t, n+4096)[4:][:n], aligned(t, n+4096)
+	for i := range p {
+		p[i] = byte(i ^ i>>8)
+	}
+	if _, err := f.WriteAt(p, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	for _, at := range []int{0, 4, 512} {
+		if _, err := f.ReadAt(got[at:][:n], 1<<20); err != nil || !bytes.Equal(got[at:][:n], p) {
+			t.Errorf("read into memory at %d: %v; the same %v", at, err, bytes.Equal(got[at:][:n], p))
+		}
+	}
+}
+
+// badPlace reads sectors of the simulated disk that have gone bad: the reader is told, and
+// the place is as good as any afterwards.
+func badPlace(t *testing.T, node string) {
+	const opts, bad = "/sys/bus/pseudo/drivers/scsi_debug/opts", 0x1234 * 512
+	f, err := os.OpenFile(node, os.O_RDWR|syscall.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	p, got := aligned(t, 4096), aligned(t, 4096)
+	for i := range p {
+		p[i] = byte(i>>8) + 1
+	}
+	if _, err := f.WriteAt(p, bad); err != nil {
+		t.Fatal(err)
+	}
+	write(t, opts, "2")
+	defer write(t, opts, "0")
+	if _, err := f.ReadAt(got, bad); !errors.Is(err, syscall.EIO) {
+		t.Errorf("a bad place is read: %v", err)
+	}
+	if _, err := f.ReadAt(got, 1<<20); err != nil {
+		t.Errorf("another is not: %v", err)
+	}
+	write(t, opts, "0")
+	if _, err := f.ReadAt(got, bad); err != nil || !bytes.Equal(got, p) {
+		t.Errorf("it is good again, and read as something else: %v", err)
 	}
 }
 
