@@ -171,6 +171,7 @@ type someLoad struct {
 	op   block.Op
 	fail int // 1: before anything was done; 2: when half of it was; else not
 	here bool
+	mode int // of the file that it was moved to or from
 }
 
 func load(rnd *rand.Rand, p []byte) *someLoad { return &someLoad{p: p, fail: rnd.IntN(4)} }
@@ -188,6 +189,10 @@ func (l *someLoad) Data() ([]byte, error) {
 func (l *someLoad) Carry(fd int, off int64) error {
 	if l.here {
 		return errors.New("moved after it was copied")
+	}
+	var err error
+	if l.mode, err = unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0); err != nil {
+		return err
 	}
 	f := unix.Pwrite
 	if l.op == block.OpRead {
@@ -224,6 +229,9 @@ func TestMoveChanging(t *testing.T) {
 			l := &someLoad{p: aligned(make([]byte, 16384))[:8192]}
 			if err := l.move(d, block.OpWrite, 4096, fua); err != nil || l.here == c.moved {
 				t.Errorf("%s, stable pages %s: came here %v, %v", c.path, c.stable, l.here, err)
+			}
+			if c.moved && (l.mode&unix.O_DSYNC != 0) != fua {
+				t.Errorf("%s: fua %v is moved with mode %#o", c.path, fua, l.mode)
 			}
 		}
 		l := &someLoad{p: aligned(make([]byte, 16384))[:8192]}
