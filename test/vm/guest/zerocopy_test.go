@@ -36,7 +36,6 @@ func TestZeroCopy(t *testing.T) {
 		backing := scsi(t)
 		d := program.New(t)
 		node := zeroCopy(t, d, backing)
-		oddMemory(t, node)
 		badPlace(t, node)
 		d.Run("device", "rm", "data")
 	})
@@ -62,6 +61,7 @@ func zeroCopy(t *testing.T, d *program.Daemon, backing string) string {
 		t.Errorf("with a filter only %d bytes came into the daemon", n)
 	}
 	d.Run("device", "filters", "data", "--detach", "delay")
+	oddMemory(t, node)
 	return node
 }
 
