@@ -126,7 +126,7 @@ func (r *results) emulated() bool {
 
 // Of the disks that QEMU has, in bytes.
 const (
-	diskSize  = 48 << 20
+	diskSize  = 16 << 20
 	largeSize = 256 << 20
 )
 

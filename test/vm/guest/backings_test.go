@@ -27,7 +27,7 @@ func zram(t testing.TB) string {
 // what is written to it through a file system, and discarded, is what is read; so
 // is an image of it. The disk is nobody else's meanwhile, and free afterwards.
 func TestBackings(t *testing.T) {
-	for name, disk := range map[string]func(testing.TB) string{"zram": zram, "md": mirror} {
+	for name, disk := range map[string]func(testing.TB) string{"zram": zram, "md": func(t testing.TB) string { return mirrorOf(t, size) }} {
 		t.Run(name, func(t *testing.T) {
 			dev := disk(t)
 			d := program.New(t)

@@ -69,12 +69,12 @@ func write(t testing.TB, path, text string) {
 // TestTableChanged: what a mapped device leads to is changed, once before the
 // daemon's eyes, once while there is none. No point claims what was never written.
 func TestTableChanged(t *testing.T) {
-	lower := testkit.NewDisk(t, 2*size)
+	lower := testkit.NewDisk(t, 2*small)
 	raw := openRaw(t, lower.Path)
 	if err := raw.scribble(aligned(t, 128<<10), 200, seed(t)); err != nil {
 		t.Fatal(err)
 	}
-	at := func(start int64) string { return fmt.Sprintf("0 %d linear %s %d\n", size/512, lower.Path, start/512) }
+	at := func(start int64) string { return fmt.Sprintf("0 %d linear %s %d\n", small/512, lower.Path, start/512) }
 	dev := table(t, "moved", at(0))
 	d := program.New(t)
 	d.Protect("g", dev)
@@ -92,7 +92,7 @@ func TestTableChanged(t *testing.T) {
 		return g.Since
 	}
 	since := d.Group("g").Since
-	lead(size)
+	lead(small)
 	since = moved(since)
 	d.Kill()
 	lead(0)

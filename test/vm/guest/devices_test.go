@@ -16,13 +16,18 @@ import (
 	"tidemark/internal/testkit"
 )
 
-const size = 32 << 20 // of the small disks here, bytes
+// Of the disks here, in bytes. What is read and written as a whole is small: the
+// processors are emulated.
+const (
+	size  = 32 << 20
+	small = 12 << 20
+)
 
 // TestCaptured: what the ring gives is the disk, on every kind of disk.
 func TestCaptured(t *testing.T) {
 	kinds := map[string]func(testing.TB) string{
-		"virtio": virtio, "partition": partition, "scsi": scsi, "nvme": nvme, "paths": paths, "mirror": mirror, "linear": linear,
-		"striped": striped,
+		"virtio": virtio, "partition": partition, "scsi": scsi, "nvme": nvme, "paths": paths, "mirror": mirror,
+		"linear": func(t testing.TB) string { return linearOf(t, small) }, "striped": striped,
 	}
 	for name, make := range kinds {
 		t.Run(name, func(t *testing.T) {
@@ -63,7 +68,7 @@ func partition(t testing.TB) string {
 // onePartition makes one partition on a disk, until the test ends.
 func onePartition(t testing.TB, dev string) string {
 	t.Helper()
-	input(t, "label: dos\n2048,40960\n", "sfdisk", "--quiet", "--no-reread", "--wipe=never", dev)
+	input(t, "label: dos\n2048,20480\n", "sfdisk", "--quiet", "--no-reread", "--wipe=never", dev)
 	testkit.Run(t, "partx", "--update", dev)
 	t.Cleanup(func() { testkit.Run(t, "partx", "--delete", dev); testkit.Run(t, "wipefs", "-qa", dev) })
 	if err := loop.WaitNode(dev+"1", 5*time.Second); err != nil {
@@ -85,7 +90,7 @@ func input(t testing.TB, text, name string, args ...string) {
 func scsi(t testing.TB) string {
 	t.Helper()
 	testkit.Run(t, "modprobe", "sd_mod")
-	testkit.Run(t, "modprobe", "scsi_debug", "dev_size_mb=32", "delay=0")
+	testkit.Run(t, "modprobe", "scsi_debug", "dev_size_mb=16", "delay=0")
 	t.Cleanup(func() { testkit.Run(t, "rmmod", "scsi_debug") })
 	return scsiDisk(t)
 }
@@ -107,8 +112,10 @@ func scsiDisk(t testing.TB) string {
 	return ""
 }
 
-// mirror is the top of an md RAID 1 of two disks.
-func mirror(t testing.TB) string {
+func mirror(t testing.TB) string { return mirrorOf(t, small) }
+
+// mirrorOf is the top of an md RAID 1 of two disks of so many bytes.
+func mirrorOf(t testing.TB, size int64) string {
 	t.Helper()
 	testkit.Run(t, "modprobe", "raid1")
 	a, b := testkit.NewDisk(t, size), testkit.NewDisk(t, size)
@@ -145,13 +152,13 @@ func linearOf(t testing.TB, size int64) string {
 func striped(t testing.TB) string {
 	t.Helper()
 	testkit.Need(t, "dm")
-	a, b := testkit.NewDisk(t, size/2), testkit.NewDisk(t, size/2)
-	return table(t, "striped", fmt.Sprintf("0 %d striped 2 16 %s 0 %s 0\n", size/512, a.Path, b.Path))
+	a, b := testkit.NewDisk(t, small/2), testkit.NewDisk(t, small/2)
+	return table(t, "striped", fmt.Sprintf("0 %d striped 2 16 %s 0 %s 0\n", small/512, a.Path, b.Path))
 }
 
 // TestFailedWrites: what a disk refused is a gap, and nothing else is.
 func TestFailedWrites(t *testing.T) {
-	const half = size / 2
+	const half = small / 2
 	bad := map[string]string{
 		"error":  "0 %[2]d linear %[1]s 0\n%[2]d %[2]d error\n",
 		"flakey": "0 %[2]d linear %[1]s 0\n%[2]d %[2]d flakey %[1]s %[2]d 0 3600 1 error_writes\n",
@@ -161,7 +168,7 @@ func TestFailedWrites(t *testing.T) {
 			if name == "flakey" {
 				testkit.Run(t, "modprobe", "dm-flakey")
 			}
-			d := testkit.NewDisk(t, size)
+			d := testkit.NewDisk(t, small)
 			w := watch(t, table(t, name, fmt.Sprintf(format, d.Path, half/512)), 16<<20)
 			w.write(100, block.Range{Len: half})
 			if gap := w.identical(); gap != 0 || w.failed != 0 {

@@ -21,7 +21,7 @@ import (
 
 const involfltHeaders = "../../../internal/abi/involflt/testdata"
 
-// drainer is a client that replicates disks; lines are what it prints.
+// drainer is a client that runs beside the test; lines are what it prints.
 type drainer struct {
 	t     *testing.T
 	cmd   *exec.Cmd
@@ -32,7 +32,13 @@ type drainer struct {
 // replicate starts one with pairs of disks and their copies.
 func replicate(t *testing.T, client string, pairs ...string) *drainer {
 	t.Helper()
-	d := &drainer{t: t, cmd: exec.CommandContext(t.Context(), client, append([]string{"replicate"}, pairs...)...), lines: make(chan string, 100)}
+	return follow(t, exec.CommandContext(t.Context(), client, append([]string{"replicate"}, pairs...)...))
+}
+
+// follow starts a client and gathers its lines.
+func follow(t *testing.T, cmd *exec.Cmd) *drainer {
+	t.Helper()
+	d := &drainer{t: t, cmd: cmd, lines: make(chan string, 100)}
 	out, err := d.cmd.StdoutPipe()
 	if err == nil {
 		err = d.cmd.Start()
@@ -57,17 +63,17 @@ func (d *drainer) line(begin, already string, log func() string) string {
 		select {
 		case l, ok := <-d.lines:
 			if !ok {
-				d.t.Fatalf("the drainer ended: %v\n%s", d.cmd.Wait(), log())
+				d.t.Fatalf("the client ended: %v\n%s", d.cmd.Wait(), log())
 			}
 			switch {
 			case l == already:
 			case strings.HasPrefix(l, begin):
 				return l
 			default:
-				d.t.Errorf("the drainer says %q, and not %q", l, begin)
+				d.t.Errorf("the client says %q, and not %q", l, begin)
 			}
 		case <-late:
-			d.t.Fatalf("the drainer does not say %q\n%s", begin, log())
+			d.t.Fatalf("the client does not say %q\n%s", begin, log())
 		}
 	}
 }

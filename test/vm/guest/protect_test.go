@@ -166,9 +166,9 @@ func TestProtect(t *testing.T) {
 // quiet, what the vault gives is the disk.
 func TestFillUnderLoad(t *testing.T) {
 	testkit.Run(t, "modprobe", "dm-delay")
-	lower := testkit.NewDisk(t, size)
+	lower := testkit.NewDisk(t, small)
 	fewRequests(t, lower.Path)
-	dev := table(t, "slow", fmt.Sprintf("0 %d delay %s 0 0 %[2]s 0 30\n", size/512, lower.Path))
+	dev := table(t, "slow", fmt.Sprintf("0 %d delay %s 0 0 %[2]s 0 30\n", small/512, lower.Path))
 	disk, rng := openRaw(t, dev), seed(t)
 	d := program.New(t)
 	d.Run("protect", "--vault", d.Vault, "--name", "g", "--ring-size", "256K", dev) // the first fill is under load too

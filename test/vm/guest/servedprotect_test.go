@@ -72,7 +72,10 @@ func TestServedProtect(t *testing.T) {
 			return err
 		})
 	}
-	mark("loaded")
+	mark("loaded", "--barrier", "held") // over the spliced volume too
+	if text := d.Run("status", "g"); !strings.Contains(text, "loaded, barrier held") {
+		t.Errorf("what kind of barrier it was is not said: %s", text)
+	}
 	d.Kill()
 	d.Start()
 	mark("frozen", "--consistency", "filesystem")
