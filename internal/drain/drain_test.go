@@ -479,6 +479,23 @@ func TestWait(t *testing.T) {
 	}
 }
 
+// TestWaitEndsWithItsConsumer: who waits for a consumer that is removed is told so, and not that it was woken.
+func TestWaitEndsWithItsConsumer(t *testing.T) {
+	c := newReplica(t, 4, Options{})
+	ended := make(chan error, 1)
+	go func() {
+		_, _, err := c.g.Wait(t.Context(), "c", 0, 1<<40)
+		ended <- err
+	}()
+	time.Sleep(20 * time.Millisecond) // most likely it waits by now; the answer is the same if not
+	if err := c.g.Remove(t.Context(), "c", true); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; !errors.Is(err, ErrNoConsumer) {
+		t.Errorf("%v", err)
+	}
+}
+
 // TestOptions: what a consumer cannot be is refused, and what it was made with stays.
 func TestOptions(t *testing.T) {
 	c := newReplica(t, 5, Options{Disk: "b"})

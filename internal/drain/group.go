@@ -399,7 +399,8 @@ const offlineEvery = 200 * time.Millisecond
 
 // Wait returns when bytes of payload are pending behind a batch (0: the newest
 // committed one), or a bookmark is; with bytes 0, when anything is. woken: Wake
-// was called meanwhile. Its error is ctx's where that ended before.
+// was called meanwhile. Its error is ctx's where that ended before, ErrNoConsumer
+// where the consumer was removed.
 func (g *Group) Wait(ctx context.Context, name string, after uint64, bytes int64) (p Pending, woken bool, err error) {
 	g.mu.Lock()
 	wake := g.woken
@@ -428,7 +429,8 @@ func (g *Group) Wait(ctx context.Context, name string, after uint64, bytes int64
 		case <-g.stop:
 			return p, false, ErrStopped
 		case <-wake:
-			return p, true, nil
+			_, err := g.find(name) // its removal wakes too
+			return p, err == nil, err
 		case <-changed:
 		case <-retry:
 		}
