@@ -104,8 +104,9 @@ func guestFirstWrites(b *testing.B, chunk int) {
 	ours, storage := servedAt(b, d, "x", "ublk"), filepath.Join(testkit.MemoryDir(b), "diff")
 	theirs := mapped(b, "bench-origin", fmt.Sprintf("0 %d linear %s 0\n", guestBytes/512, plainLoop(b, "origin")))
 	store := plainLoop(b, "store")
-	// One write of 4 KiB to a chunk, every one once, in order, and not too many.
-	count := min(guestBytes>>10/chunk, 512)
+	// One write of 4 KiB to a chunk, every one once, in order, not too many, and
+	// not so many that the kept chunks fill the store of dm-snapshot.
+	count := min(guestBytes>>10/chunk*3/4, 512)
 	pass := []string{"--bs=4k", "--iodepth=1", fmt.Sprintf("--rw=write:%dk", chunk-4), fmt.Sprintf("--io_size=%dk", count*4)}
 	if chunk == 4 {
 		pass[2] = "--rw=write"
