@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"tidemark/internal/front/nbdk"
 	"tidemark/internal/testkit"
 	"tidemark/internal/testkit/program"
 )
@@ -139,7 +140,24 @@ func TestServedAfterReboot(t *testing.T) {
 	node := strings.TrimSpace(d.Run("device", "create", "--backing", image, "--front", front, "--name", "data"))
 	testkit.Run(t, "dd", "if=/dev/urandom", "of="+node, "bs=1M", "count=4", "oflag=direct", "conv=fsync", "status=none")
 	d.Kill()
-	testkit.Run(t, "rmmod", module) // with all its devices
+	connected, _ := filepath.Glob("/sys/block/nbd*/backend") // which hold the module, as ublk's devices do not
+	for _, path := range connected {
+		identity, err := os.ReadFile(path)
+		if err == nil {
+			name, _, _ := strings.Cut(strings.TrimSpace(string(identity)), "#")
+			err = nbdk.Forget(t.Context(), name)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	program.Eventually(t, time.Minute, "all devices are gone", func() error {
+		out, err := exec.Command("rmmod", module).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
 	if err := os.RemoveAll("/dev/tidemark"); err != nil {
 		t.Fatal(err)
 	}
