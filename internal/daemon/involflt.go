@@ -116,9 +116,10 @@ func (b *involfltSystem) Start(ctx context.Context, device, name string) (involf
 	if err != nil {
 		return nil, err
 	}
+	at := func() string { return device }
 	for _, p := range []string{involfltJoined, involfltOwn} {
 		if consumers.Has(p + name) {
-			return b.queue(m, p+name), nil
+			return b.queue(m, p+name, at), nil
 		}
 	}
 	if err := consumers.Make(ctx, prefix+name, drain.Options{Disk: m.config().Name, BatchBytes: involfltBatch, Ranges: true}); err != nil {
@@ -131,7 +132,7 @@ func (b *involfltSystem) Start(ctx context.Context, device, name string) (involf
 			return nil, errors.Join(err, consumers.Remove(context.WithoutCancel(ctx), prefix+name, true))
 		}
 	}
-	return b.queue(m, prefix+name), nil
+	return b.queue(m, prefix+name, at), nil
 }
 
 var notInGroupNames = regexp.MustCompile(`[^A-Za-z0-9_-]+`)
@@ -172,7 +173,7 @@ func (b *involfltSystem) kept() (out []*involfltQueue) {
 			}
 			for i, d := range cfg.Disks {
 				if d.Name == c.Disk {
-					out = append(out, b.queue(member{g, i}, c.Name))
+					out = append(out, b.queue(member{g, i}, c.Name, func() string { return protect.Where(d) }))
 				}
 			}
 		}
@@ -182,8 +183,11 @@ func (b *involfltSystem) kept() (out []*involfltQueue) {
 
 func (b *involfltSystem) Kept() (out []involflt.Kept) {
 	for _, q := range b.kept() {
+		if q.device == "" {
+			continue // it is known when it is started at its new place
+		}
 		name := strings.TrimPrefix(strings.TrimPrefix(q.consumer, involfltJoined), involfltOwn)
-		out = append(out, involflt.Kept{Device: q.device(), Name: name, Queue: q})
+		out = append(out, involflt.Kept{Device: q.device, Name: name, Queue: q})
 	}
 	return out
 }
@@ -193,7 +197,7 @@ func (b *involfltSystem) byDevice(device string) *involfltQueue {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, q := range b.queues {
-		if q.device() == device || b.Same(q.device(), device) {
+		if q.device != "" && (q.device == device || b.Same(q.device, device)) {
 			return q
 		}
 	}

@@ -25,6 +25,7 @@ type involfltQueue struct {
 	b        *involfltSystem
 	m        member
 	consumer string
+	device   string // where the disk is; "": its path is another disk's now
 
 	mu     sync.Mutex
 	mark   string // the tag that is out
@@ -33,20 +34,23 @@ type involfltQueue struct {
 	asked  time.Time
 }
 
-// queue gives the one there is of a consumer.
-func (b *involfltSystem) queue(m member, consumer string) *involfltQueue {
+// queue gives the one there is of a consumer, or makes it. Names of disks may be
+// others after a start of the machine: where gives the one of now.
+func (b *involfltSystem) queue(m member, consumer string, where func() string) *involfltQueue {
+	b.mu.Lock()
+	q := b.queues[consumer]
+	b.mu.Unlock()
+	if q != nil && q.m.group == m.group && q.device != "" {
+		return q
+	}
+	made := &involfltQueue{b: b, m: m, consumer: consumer, device: where()} // which may read from disks
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	q := b.queues[consumer]
-	if q == nil || q.m.group != m.group {
-		q = &involfltQueue{b: b, m: m, consumer: consumer}
-		b.queues[consumer] = q
+	if b.queues[consumer] == q {
+		b.queues[consumer] = made
 	}
-	return q
+	return b.queues[consumer]
 }
-
-// device is the path that the disk was protected by.
-func (q *involfltQueue) device() string { return q.m.config().Path }
 
 // consumers are the group's.
 func (q *involfltQueue) consumers() (*consumers, error) {

@@ -76,6 +76,23 @@ func (r *replica) until(want error, done func() bool) {
 	}
 }
 
+// openInvolflt is a daemon's part of it, with nothing else.
+func openInvolflt(t *testing.T, state, vault string) (*service, *involfltSystem) {
+	t.Helper()
+	s := &service{groups: map[string]*protect.Group{}, env: &protect.Env{StateDir: state, Instance: "0123456789abcdee", Log: slog.New(slog.DiscardHandler)}}
+	if err := errors.Join(os.MkdirAll(filepath.Join(state, "groups"), 0o700), s.openMarks(nil), s.open()); err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range s.list() { // as start does, without served devices
+		g.Start()
+	}
+	b, err := newInvolflt(s, filepath.Join(state, "involflt"), vault)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, b
+}
+
 // TestInvolfltSystem: a disk that is in no group gets one; what is drained is the
 // disk, at each tag too; tags without a verdict hold the drain, revoked ones
 // are passed; it goes on with another daemon; stopped it leaves nothing.
@@ -86,20 +103,7 @@ func TestInvolfltSystem(t *testing.T) {
 	disk := testkit.NewDisk(t, size)
 	state := t.TempDir()
 	vault := filepath.Join(t.TempDir(), "vault")
-	open := func() (*service, *involfltSystem) {
-		s := &service{groups: map[string]*protect.Group{}, env: &protect.Env{StateDir: state, Instance: "0123456789abcdee", Log: slog.New(slog.DiscardHandler)}}
-		if err := errors.Join(os.MkdirAll(filepath.Join(state, "groups"), 0o700), s.openMarks(nil), s.open()); err != nil {
-			t.Fatal(err)
-		}
-		for _, g := range s.list() { // as start does, without served devices
-			g.Start()
-		}
-		b, err := newInvolflt(s, filepath.Join(state, "involflt"), vault)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return s, b
-	}
+	open := func() (*service, *involfltSystem) { return openInvolflt(t, state, vault) }
 	s, b := open()
 	closeAll := func() { s.closeAllConsumers(); s.stop() }
 	t.Cleanup(func() {
@@ -231,5 +235,59 @@ func TestInvolfltSystem(t *testing.T) {
 	}
 	if left, _ := filepath.Glob(filepath.Join(state, "groups", "*")); len(left) > 0 || len(s.list()) > 0 || len(b.Kept()) > 0 {
 		t.Errorf("left: %v, %v", left, b.Kept())
+	}
+}
+
+// TestInvolfltMoved: after a start of the machine at which disks changed their
+// names a client's disk is the same one, and what has its old name is not touched.
+func TestInvolfltMoved(t *testing.T) {
+	testkit.Need(t, "root", "tap", "loop", "ext4")
+	testkit.NoLeaks(t)
+	const size = 16 << 20
+	ours, other := testkit.NewDisk(t, size), testkit.NewDisk(t, size)
+	testkit.Mkfs(t, ours.Path, "ext4")
+	testkit.Mkfs(t, other.Path, "ext4")
+	state, vault := t.TempDir(), filepath.Join(t.TempDir(), "vault")
+	s, b := openInvolflt(t, state, vault)
+	t.Cleanup(func() { s.closeAllConsumers(); s.stop() })
+	if _, err := b.Start(t.Context(), ours.Path, "ours"); err != nil {
+		t.Fatal(err)
+	}
+	shut := func() {
+		t.Helper()
+		s.closeAllConsumers()
+		s.stop()
+		if err := tap.Discard(s.env.Instance, "ours"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kept := func() (devices []string) {
+		s, b = openInvolflt(t, state, vault)
+		for _, k := range b.Kept() {
+			devices = append(devices, k.Device)
+		}
+		return devices
+	}
+	shut()
+	testkit.Run(t, "losetup", "-d", ours.Path)
+	if got := kept(); !slices.Equal(got, []string{ours.Path}) {
+		t.Errorf("a disk that is not there yet is kept as %q; want %s, where it may come", got, ours.Path)
+	}
+	shut()
+	testkit.Run(t, "losetup", "-d", other.Path)
+	testkit.Run(t, "losetup", ours.Path, other.File)
+	if got := kept(); len(got) > 0 {
+		t.Errorf("kept as %q, which is another disk", got)
+	}
+	if err := b.Stop(t.Context(), ours.Path); err != nil || len(b.kept()) != 1 {
+		t.Errorf("another disk was stopped, and ours with it: %v, %d", err, len(b.kept()))
+	}
+	shut()
+	testkit.Run(t, "losetup", other.Path, ours.File)
+	if got := kept(); !slices.Equal(got, []string{other.Path}) {
+		t.Errorf("kept as %q; want %s", got, other.Path)
+	}
+	if err := b.Stop(t.Context(), other.Path); err != nil || len(b.kept()) != 0 {
+		t.Errorf("%v, %d", err, len(b.kept()))
 	}
 }

@@ -44,6 +44,22 @@ func (w *tapped) find() ([]target, error) {
 	return out, nil
 }
 
+// Where gives the path of a group's disk: the one that it was protected by, or
+// another, as after a start of the machine; "" where that path is another disk's
+// now, and this one is not there.
+func Where(d DiskConfig) string {
+	if d.Served != "" {
+		return d.Path
+	}
+	if i, err := find(d); err == nil {
+		return i.Path
+	}
+	if i, err := disk.Inspect(d.Path); err == nil && i.Size > 0 {
+		return ""
+	}
+	return d.Path
+}
+
 func find(d DiskConfig) (*disk.Info, error) {
 	if i, err := disk.Inspect(d.Path); err == nil {
 		if sameDisk(d.Identity, i.Identity) {
